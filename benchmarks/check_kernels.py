@@ -1,0 +1,370 @@
+"""Correctness of the Triton kernels against the fp64 reference.
+
+``python -m benchmarks.check_kernels`` prints one line for each case, path and dtype, and exits with
+1 if any is wrong; it needs only torch and triton. The tests run the same cases.
+
+No tolerance is set by hand. An error must be at most twice the error of torch's own computation
+in the same dtype plus one rounding of the largest value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.kernels import ops
+from dit_sparse.mask import BlockMask, block_count
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a call and the hazards it contains.
+
+    Attributes:
+        name: Readable id.
+        seq: Query and key tokens.
+        dim: Head dimension.
+        block: Tokens in a (query, key) block of the mask; None for dense.
+        mask: Batch and heads of the mask.
+        padding: Marks keys invalid, at the end and in the middle, and fills them with NaN.
+        layout: ``"blhd"`` contiguous, ``"bhld"`` contiguous and transposed, ``"fused"`` slices of
+            one tensor of q, k and v, ``"strided"`` a last dimension with stride 2.
+        skip_head: Whether head 0 keeps nothing at all.
+    """
+
+    name: str
+    seq: tuple[int, int] = (150, 200)
+    dim: int = 64
+    block: tuple[int, int] | None = (64, 64)
+    mask: tuple[int, int] = (2, 2)
+    padding: bool = False
+    layout: str = "blhd"
+    skip_head: bool = False
+    batch: int = 2
+    heads: int = 2
+
+
+CASES = (
+    Case("dense", block=None),
+    Case("dense-padding", block=None, padding=True, dim=40),
+    Case("even", (128, 256)),
+    Case("ragged-padding", padding=True),
+    Case("blocks-64x128", block=(64, 128), dim=96),
+    Case("blocks-128x64", block=(128, 64), padding=True),
+    Case("blocks-128", (130, 300), block=(128, 128), dim=128, batch=1, mask=(1, 2)),
+    Case("one-key", (3, 1), block=(64, 64)),
+    Case("shared-mask", mask=(1, 1), padding=True),
+    Case("shared-batch", mask=(1, 2)),
+    Case("shared-heads", mask=(2, 1)),
+    Case("layout-bhld", layout="bhld"),
+    Case("layout-fused", layout="fused", padding=True),
+    Case("layout-strided", layout="strided", dim=40),
+    Case("skipped-head", skip_head=True),
+)
+# Too slow for the interpreter.
+LARGE_CASES = (
+    Case("large-128", (2111, 2333), 128, (128, 128), padding=True),
+    Case("large-64", (2111, 2333), 64, (128, 64)),
+    Case("large-dense", (2048, 2048), 128, None),
+    Case("large-dense-ragged", (2111, 2333), 64, None),
+    Case("large-256", (1111, 1333), 256, (128, 128), padding=True),
+    Case("large-bhld", (2111, 2333), 128, (64, 128), layout="bhld"),
+)
+
+
+# The kinds of call that `benchmarks.kernels` times.
+BENCHMARK_CASES = (
+    Case("dense-64", (1024, 1024), 64, None, batch=1),
+    Case("dense-128", (1024, 1024), 128, None, batch=1),
+    Case("blocks-64-dim-64", (1024, 1024), 64, (64, 64), (1, 2), batch=1),
+    Case("blocks-64-dim-128", (1024, 1024), 128, (64, 64), (1, 2), batch=1),
+    Case("blocks-128-dim-64", (1024, 1024), 64, (128, 128), (1, 2), batch=1),
+    Case("blocks-128-dim-128", (1024, 1024), 128, (128, 128), (1, 2), batch=1),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Inputs of one case; ``k`` and ``v`` hold NaN wherever no result may depend on them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: BlockMask | None
+    key_valid: Tensor | None
+
+
+def _tensor(shape: tuple[int, ...], case: Case, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    batch, tokens, heads, dim = shape
+    if case.layout == "bhld":
+        return torch.randn(batch, heads, tokens, dim, generator=rng).to(dtype).transpose(1, 2)
+    if case.layout == "fused":
+        return torch.randn(batch, tokens, 3, heads, dim, generator=rng).to(dtype)[:, :, 1]
+    if case.layout == "strided":
+        return torch.randn(batch, tokens, heads, 2 * dim, generator=rng).to(dtype)[..., ::2]
+    return torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype)
+
+
+def build(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
+    """Quantised random inputs of ``case``, poisoned with NaN."""
+    rng = torch.Generator().manual_seed(seed)
+    (q_len, kv_len), tail = case.seq, (case.heads, case.dim)
+    q = _tensor((case.batch, q_len, *tail), case, dtype, rng)
+    k = _tensor((case.batch, kv_len, *tail), case, dtype, rng)
+    v = _tensor((case.batch, kv_len, *tail), case, dtype, rng)
+    mask = key_valid = None
+    if case.block is not None:
+        shape = (block_count(q_len, case.block[0]), block_count(kv_len, case.block[1]))
+        keep = torch.rand(*case.mask, *shape, generator=rng) < 0.5
+        keep[..., -1] |= torch.rand(keep.shape[:-1], generator=rng) < 0.5
+        if shape[1] > 1:
+            keep[:, 0, :, 0] = False
+        if shape[0] > 1:
+            keep[0, -1, 1] = False
+        if case.skip_head:
+            keep[:, 0] = False
+        mask = BlockMask.from_dense(keep, case.block, case.seq)
+        listed = torch.arange(shape[1]) < mask.kv_num_blocks.unsqueeze(-1)
+        # Entries past the count must not be read: such a block would be far out of memory.
+        mask = BlockMask(
+            mask.kv_num_blocks, mask.kv_indices.where(listed, 1 << 30), mask.block, mask.seq
+        )
+        seen = mask.tokens().any(2).expand(case.batch, case.heads, kv_len).transpose(1, 2)
+        k[~seen], v[~seen] = float("nan"), float("nan")
+    if case.padding:
+        key_valid = torch.ones(case.batch, kv_len, dtype=torch.bool)
+        key_valid[0, -min(70, kv_len // 2) :] = False
+        key_valid[-1, kv_len // 2] = False
+        k[~key_valid], v[~key_valid] = float("nan"), float("nan")
+    # `to` keeps strides of a dense tensor only; the layouts are made again on the device.
+    on_device = [_same_layout(t, device) for t in (q, k, v)]
+    return Operands(
+        *on_device,
+        mask if mask is None else mask.to(device),
+        key_valid if key_valid is None else key_valid.to(device),
+    )
+
+
+def _same_layout(tensor: Tensor, device: str) -> Tensor:
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=tensor.dtype).set_(storage).to(device)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One quantity of one case: its largest error and what that may be."""
+
+    quantity: str
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+def _worst(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; NaN stays NaN, equal infinities differ by 0."""
+    difference = (a.double() - b.double()).abs().masked_fill(a.double() == b.double(), 0.0)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills uninitialised tensors with NaN, so that an output that is not written shows."""
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+def check_attention(case: Case, dtype: torch.dtype, device: str, path: str) -> list[Finding]:
+    """Errors of attention and row_lse.
+
+    Args:
+        case: What to compute.
+        dtype: Dtype of the inputs.
+        device: Where.
+        path: ``"triton"`` for the implementation as users call it, else a path of its launcher.
+    """
+    x = build(case, dtype, device)
+    if path == "triton":
+        with poisoned_memory():
+            found = ops.attention(x.q, x.k, x.v, x.mask, key_valid=x.key_valid, impl="triton")
+            alone = ops.row_lse(x.q, x.k, x.mask, key_valid=x.key_valid, impl="triton")
+    else:
+        from dit_sparse.kernels.triton_attention import launch
+
+        scale = case.dim**-0.5
+        call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, scale)
+        bare = ops.AttentionCall(x.q, x.k, None, x.mask, x.key_valid, scale)
+        with poisoned_memory():
+            found, alone = launch(call, path), launch(bare, path).lse
+
+    q, k, v = (t.nan_to_num(0.0).transpose(1, 2) for t in (x.q, x.k, x.v))
+    keep = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool, device=device)
+    if x.mask is not None:
+        keep = keep & x.mask.tokens()
+    if x.key_valid is not None:
+        keep = keep & x.key_valid[:, None, None]
+    truth, truth_lse = _exact(x)
+    live = keep.any(-1)
+    truth, mine = truth.transpose(1, 2)[live], found.out.transpose(1, 2)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)[live]
+    scale = case.dim**-0.5
+    eager = (scale * (q.float() @ k.float().mT)).masked_fill(~keep, float("-inf")).logsumexp(-1)
+    size = float((scale * (q.float().abs() @ k.float().abs().mT)).max())
+    lse_budget = 2 * (_worst(eager, truth_lse) + torch.finfo(torch.float32).eps * size)
+    largest = float(truth.abs().max()) if truth.numel() else 0.0
+    out_budget = 2 * (_worst(theirs, truth) + torch.finfo(dtype).eps * largest)
+    return [
+        Finding("out", _worst(mine[live], truth), out_budget),
+        Finding("empty rows", _worst(mine[~live], torch.zeros_like(mine[~live])), 0.0),
+        Finding("lse", _worst(found.lse, truth_lse), lse_budget),
+        Finding("row_lse", _worst(alone, truth_lse), lse_budget),
+    ]
+
+
+def _exact(x: Operands) -> ops.Attended:
+    """The reference in fp64."""
+    q, k, v = x.q.double(), x.k.double(), x.v.double()
+    return ops.attention(q, k, v, x.mask, key_valid=x.key_valid, impl="reference")
+
+
+def check_block_mass(case: Case, dtype: torch.dtype, device: str) -> list[Finding]:
+    """Errors of block_mass; every key that is not padding takes part, so only those are NaN."""
+    block = case.block or (64, 64)
+    x = build(Case(**{**case.__dict__, "block": None}), dtype, device)
+    q, k = x.q.double(), x.k.double()
+    lse = ops.row_lse(q, k, key_valid=x.key_valid, impl="reference").float()
+    lse[:, 0, : min(5, case.seq[0] - 1)] = float("-inf")
+    with poisoned_memory():
+        found = ops.block_mass(x.q, x.k, lse, block, key_valid=x.key_valid, impl="triton")
+    options = {"key_valid": x.key_valid, "impl": "reference"}
+    truth = ops.block_mass(q, k, lse.double(), block, **options)
+    eager = ops.block_mass(x.q.float(), x.k.float(), lse, block, **options)
+    clean = x.k.float().nan_to_num(0.0).abs().transpose(1, 2)
+    size = float((case.dim**-0.5 * (x.q.float().abs().transpose(1, 2) @ clean.mT)).max())
+    # An error e of a score changes its weight by the factor 1 + e.
+    rounding = torch.finfo(torch.float32).eps * (1 + size) * float(truth.max())
+    return [Finding("mass", _worst(found, truth), 2 * (_worst(eager, truth) + rounding))]
+
+
+def check_far_keys(device: str) -> list[Finding]:
+    """Keys and values beyond 2**31 elements; about 9 GiB."""
+    q_len, kv_len, heads, dim, block = 128, 440_000, 40, 128, 128
+    columns = block_count(kv_len, block)
+    rng = torch.Generator(device).manual_seed(0)
+    options = {"dtype": torch.bfloat16, "device": device}
+    q = torch.randn(1, q_len, heads, dim, generator=rng, **options)
+    k, v = torch.zeros(2, 1, kv_len, heads, dim, **options)
+    near, far = slice(0, block), slice((columns - 1) * block, kv_len)
+    for tensor in (k, v):
+        tensor.fill_(float("nan"))
+        for part in (near, far):
+            tensor[:, part] = torch.randn(tensor[:, part].shape, generator=rng, **options)
+    keep = torch.zeros(1, 1, 1, columns, dtype=torch.bool, device=device)
+    keep[..., 0] = keep[..., -1] = True
+    mask = BlockMask.from_dense(keep, block, (q_len, kv_len))
+    found = ops.attention(q, k, v, mask, impl="triton")
+    small_k, small_v = (torch.cat([t[:, near], t[:, far]], 1) for t in (k, v))
+    return _compare_far(found, q, small_k, small_v)
+
+
+def check_far_queries(device: str) -> list[Finding]:
+    """Queries and outputs beyond 2**31 elements; about 9 GiB."""
+    q_len, kv_len, heads, dim = 440_000, 192, 40, 128
+    rng = torch.Generator(device).manual_seed(0)
+    options = {"dtype": torch.bfloat16, "device": device}
+    q = torch.randn(1, q_len, heads, dim, generator=rng, **options)
+    k = torch.randn(1, kv_len, heads, dim, generator=rng, **options)
+    v = torch.randn(1, kv_len, heads, dim, generator=rng, **options)
+    found = ops.attention(q, k, v, impl="triton")
+    last = ops.Attended(found.out[:, -200:], found.lse[..., -200:])
+    return _compare_far(last, q[:, -200:], k, v)
+
+
+def _compare_far(found: ops.Attended, q: Tensor, k: Tensor, v: Tensor) -> list[Finding]:
+    truth = ops.attention(q.double(), k.double(), v.double(), impl="reference")
+    eager = ops.row_lse(q.float(), k.float(), impl="reference")
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    largest = float(truth.out.abs().max())
+    budget = 2 * (_worst(theirs, truth.out) + torch.finfo(q.dtype).eps * largest)
+    size = q.shape[-1] ** -0.5 * float(
+        (heads_first[0].float().abs() @ heads_first[1].float().abs().mT).max()
+    )
+    rounding = torch.finfo(torch.float32).eps * size
+    return [
+        Finding("out", _worst(found.out, truth.out), budget),
+        Finding("lse", _worst(found.lse, truth.lse), 2 * (_worst(eager, truth.lse) + rounding)),
+    ]
+
+
+def tma_refusals(case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """Why ``case`` cannot take the TMA path; empty if it can."""
+    from dit_sparse.kernels.triton_attention import tma_reasons
+
+    x = build(case, dtype, device)
+    return tma_reasons(ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0))
+
+
+def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: bool = True) -> bool:
+    """Prints one line for each check on the GPU.
+
+    Args:
+        cases: What to check in bf16.
+        full: Also checks fp16, fp32 and offsets beyond 32 bits.
+        tma: Also checks the TMA path, where a case can take it.
+
+    Returns:
+        Whether all passed.
+    """
+    good = True
+
+    def report(name: str, findings: list[Finding]) -> None:
+        nonlocal good
+        passed = all(f.passed for f in findings)
+        good &= passed
+        details = "  ".join(f"{f.quantity} {f.error:.1e} <= {f.budget:.1e}" for f in findings)
+        print(f"{'ok  ' if passed else 'FAIL'} {name:48s} {details}", flush=True)
+
+    def attempt(name: str, function, *arguments) -> None:
+        nonlocal good
+        try:
+            report(name, function(*arguments))
+        except Exception as error:  # the other cases are still wanted
+            good = False
+            print(f"FAIL {name:48s} {type(error).__name__}: {error}", flush=True)
+
+    pairs = [(case, torch.bfloat16) for case in cases]
+    if full:
+        pairs += [(case, torch.float16) for case in CASES[3:6]]
+        pairs += [(case, torch.float32) for case in CASES[:6]]
+    for case, dtype in pairs:
+        label = f"{case.name} {str(dtype).removeprefix('torch.')}"
+        for path in ("pointer", "tma") if tma else ("pointer",):
+            if path == "tma" and tma_refusals(case, dtype, "cuda"):
+                continue
+            attempt(f"attention {path} {label}", check_attention, case, dtype, "cuda", path)
+        attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
+    if full:
+        attempt("attention triton keys past 2**31", check_far_keys, "cuda")
+        attempt("attention triton queries past 2**31", check_far_queries, "cuda")
+    return good
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device; without one run the tests, which use triton's interpreter")
+    sys.exit(0 if run(tma="--no-tma" not in sys.argv[1:]) else 1)

@@ -1,0 +1,332 @@
+"""Speed of the Triton kernels against the dense kernels of the same machine.
+
+``python -m benchmarks.kernels --output benchmarks/results/kernels-h100.json [--quick] [--tune]``
+
+The kernels are checked first; if any result is wrong no time is measured and the exit code is 1.
+``share_of_ideal`` is the best dense time, times the density, over the measured time: 1.0 at density
+0.1 means ten times as fast as the best dense kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import check_kernels
+from dit_sparse.kernels import ops
+from dit_sparse.kernels.triton_attention import Config, launch, tma_reasons
+from dit_sparse.mask import BlockMask, block_count
+
+# 256 MiB of inputs do not fit the 50 MiB of L2 of an H100: rotating further sets changes nothing.
+ROTATED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call of a real model, batch 1."""
+
+    heads: int
+    tokens: int
+    dim: int
+    densities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    blocks: tuple[int, ...] = (128, 64)
+
+    def __str__(self) -> str:
+        return f"{self.heads}x{self.tokens}x{self.dim}"
+
+
+SHAPES = (
+    Shape(12, 32_768, 128),  # Wan2.1-1.3B at 480p, rounded to whole blocks
+    Shape(48, 17_792, 64),  # CogVideoX-5B
+    Shape(6, 8_192, 64),
+    Shape(6, 16_384, 64),
+    Shape(24, 118_784, 128, densities=(0.25, 0.1), blocks=(128,)),  # HunyuanVideo at 720p
+)
+QUICK_SHAPES = (Shape(12, 32_768, 128, densities=(1.0, 0.25, 0.1), blocks=(128,)),)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; ``spread`` is the interquartile range over the median."""
+
+    backend: str
+    op: str
+    shape: str
+    block: int | None
+    density: float
+    ms: float
+    spread: float
+    repeats: int
+    tflops: float
+    share_of_ideal: float | None
+    config: str | None = None
+
+
+def inputs(shape: Shape, rng: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sets of q, k, v ``[1, tokens, heads, dim]`` bf16, more than one if one may stay in L2."""
+    size = (3, 1, shape.tokens, shape.heads, shape.dim)
+    one = 2 * 3 * shape.tokens * shape.heads * shape.dim
+    sets = 1 if one >= ROTATED_BYTES else 3
+    return [
+        tuple(torch.randn(size, generator=rng, device="cuda", dtype=torch.bfloat16).unbind(0))
+        for _ in range(sets)
+    ]
+
+
+def random_mask(shape: Shape, block: int, density: float, rng: torch.Generator) -> BlockMask:
+    """A random mask for every head whose rows all keep the same number of blocks."""
+    blocks = block_count(shape.tokens, block)
+    kept = max(1, round(density * blocks))
+    scores = torch.rand(1, shape.heads, blocks, blocks, generator=rng, device="cuda")
+    chosen = scores.topk(kept, dim=-1).indices
+    keep = torch.zeros(scores.shape, dtype=torch.bool, device="cuda").scatter_(-1, chosen, True)
+    return BlockMask.from_dense(keep, block, shape.tokens)
+
+
+def measure(
+    function: Callable[..., object], sets: list[tuple[Tensor, ...]], budget_s: float
+) -> tuple[float, float, int]:
+    """Median milliseconds, relative interquartile range and number of repeats."""
+    for arguments in sets:  # compiles, fills caches
+        function(*arguments)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function(*sets[0])
+    torch.cuda.synchronize()
+    once = time.perf_counter() - began
+    repeats = max(5, min(100, int(budget_s / max(once, 1e-5))))
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for index, (start, end) in enumerate(events):
+        start.record()
+        function(*sets[index % len(sets)])
+        end.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in events]
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, (high - low) / middle, repeats
+
+
+def dense_backends() -> dict[str, Callable[[Tensor, Tensor, Tensor], object]]:
+    """Dense attention over ``[batch, tokens, heads, dim]`` by kernels other than ours."""
+
+    def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], object]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                ).transpose(1, 2)
+
+        return call
+
+    found = {
+        "sdpa-cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa-flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    }
+    try:
+        import flash_attn_interface
+    except ImportError:
+        return found
+    return {"flash-attention-3": flash_attn_interface.flash_attn_func, **found}
+
+
+def correct(tma: bool) -> bool:
+    """Whether every backend and kind of shape that is timed below gives right results."""
+    good = check_kernels.run(check_kernels.BENCHMARK_CASES, full=False, tma=tma)
+    q, k, v = inputs(Shape(2, 1024, 64), torch.Generator("cuda").manual_seed(0))[0]
+    truth = ops.attention(q.double(), k.double(), v.double(), impl="reference").out
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    with sdpa_kernel(SDPBackend.MATH):
+        eager = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    rounding = torch.finfo(q.dtype).eps * float(truth.abs().max())
+    budget = 2 * (float((eager - truth).abs().max()) + rounding)
+    for name, function in dense_backends().items():
+        out = function(q, k, v)
+        out = out[0] if isinstance(out, tuple) else out
+        error = float((out - truth).abs().max())
+        passed = error <= budget
+        good &= passed
+        print(f"{'ok  ' if passed else 'FAIL'} {name:48s} out {error:.1e} <= {budget:.1e}")
+    return good
+
+
+class Bench:
+    """Measures and prints rows."""
+
+    def __init__(self, paths: tuple[str, ...], budget_s: float) -> None:
+        self.paths = paths
+        self.budget_s = budget_s
+        self.rows: list[Row] = []
+
+    def add(
+        self,
+        backend: str,
+        op: str,
+        shape: Shape,
+        function: Callable[..., object],
+        sets: list[tuple[Tensor, ...]],
+        *,
+        block: int | None = None,
+        density: float = 1.0,
+        best: float | None = None,
+        products: int = 2,
+        config: Config | None = None,
+    ) -> float:
+        """Times ``function``; ``products`` counts the matrix products (2: scores and values)."""
+        ms, spread, repeats = measure(function, sets, self.budget_s)
+        flops = 2 * products * shape.heads * shape.tokens**2 * shape.dim * density
+        share = best * density / ms if best is not None else None
+        row = Row(
+            backend, op, str(shape), block, round(density, 4), ms, spread, repeats,
+            flops / ms / 1e9, share, None if config is None else str(tuple(config)),
+        )  # fmt: skip
+        self.rows.append(row)
+        shown = "" if share is None else f"{100 * share:6.1f} %"
+        print(
+            f"{backend:18s} {op:10s} {row.shape:16s} {block or '-':>5} {density:7.4f} "
+            f"{ms:9.3f} ms ±{100 * spread:4.1f} % {row.tflops:7.1f} TFLOP/s {shown} "
+            f"{row.config or ''}",
+            flush=True,
+        )
+        return ms
+
+    def dense(self, shape: Shape, sets: list[tuple[Tensor, ...]], only_best: bool) -> float:
+        """Times the dense kernels and returns the best, in ms."""
+        times = []
+        for name, function in list(dense_backends().items())[: 1 if only_best else None]:
+            times.append(self.add(name, "attention", shape, function, sets))
+        return min(times)
+
+    def ours(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float) -> None:
+        rng = torch.Generator("cuda").manual_seed(1)
+        if 1.0 in shape.densities:
+            for path in self.paths:
+                self.add(
+                    f"triton-{path}", "attention", shape,
+                    lambda q, k, v, path=path: launch(_call(q, k, v, None), path),
+                    sets, best=best,
+                )  # fmt: skip
+        for block in shape.blocks:
+            for density in shape.densities:
+                mask = random_mask(shape, block, density, rng)
+                achieved = float(mask.kv_num_blocks.double().mean()) / mask.shape[-1]
+                for path in self.paths:
+                    self.add(
+                        f"triton-{path}", "attention", shape,
+                        lambda q, k, v, m=mask, path=path: launch(_call(q, k, v, m), path),
+                        sets, block=block, density=achieved, best=best,
+                    )  # fmt: skip
+
+    def passes(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float) -> None:
+        """The passes that search for masks, as a share of one dense attention."""
+        self.add(
+            "triton", "row_lse", shape,
+            lambda q, k, v: ops.row_lse(q, k, impl="triton"),
+            sets, best=best, products=1,
+        )  # fmt: skip
+        lse = ops.row_lse(*sets[0][:2], impl="triton")
+        for block in shape.blocks:
+            self.add(
+                "triton", "block_mass", shape,
+                lambda q, k, v, b=block: ops.block_mass(q, k, lse, b, impl="triton"),
+                sets, block=block, best=best, products=1,
+            )  # fmt: skip
+
+    def tune(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float, block: int) -> None:
+        """Launch parameters around the defaults at density 0.25."""
+        mask = random_mask(shape, block, 0.25, torch.Generator("cuda").manual_seed(2))
+        tiles = [
+            (q, k)
+            for q in (64, 128)
+            for k in (64, 128)
+            if q <= block and k <= block and q + k < 256
+        ]
+        for path in self.paths:
+            for tile_q, tile_k in tiles:
+                for warps in (4, 8) if tile_q == 128 else (4,):
+                    for stages in (2, 3):
+                        config = Config(tile_q, tile_k, warps, stages)
+                        try:
+                            self.add(
+                                f"triton-{path}", "tune", shape,
+                                lambda q, k, v, p=path, c=config: launch(
+                                    _call(q, k, v, mask), p, c
+                                ),
+                                sets, block=block, density=0.25, best=best, config=config,
+                            )  # fmt: skip
+                        except triton.runtime.errors.OutOfResources as error:
+                            print(f"triton-{path} {tuple(config)}: {error}")
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> ops.AttentionCall:
+    return ops.AttentionCall(q, k, v, mask, None, q.shape[-1] ** -0.5)
+
+
+def machine() -> dict[str, str]:
+    """The GPU, its clocks and the versions."""
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    try:
+        query = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        ).stdout.splitlines()[0]  # fmt: skip
+        found = dict(zip(fields.split(","), (x.strip() for x in query.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError):
+        found = {"name": torch.cuda.get_device_name()}
+    return {**found, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="one shape, three densities")
+    parser.add_argument("--tune", action="store_true", help="also compare launch parameters")
+    parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
+    parser.add_argument("--budget", type=float, default=0.25, help="seconds per measurement")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+
+    began = time.perf_counter()
+    probe = torch.empty(1, 128, 1, 64, device="cuda", dtype=torch.bfloat16)
+    refusals = tma_reasons(_call(probe, probe, probe, None))
+    tma = not arguments.no_tma and not refusals
+    paths = ("pointer", "tma") if tma else ("pointer",)
+    if not correct(tma):
+        print("results are wrong; no speed is measured")
+        return 1
+    print(f"checked in {time.perf_counter() - began:.0f} s; {machine()}")
+
+    bench = Bench(paths, arguments.budget)
+    rng = torch.Generator("cuda").manual_seed(0)
+    for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+        sets = inputs(shape, rng)
+        best = bench.dense(shape, sets, only_best=1.0 not in shape.densities)
+        bench.ours(shape, sets, best)
+        if 1.0 in shape.densities:
+            bench.passes(shape, sets, best)
+        if arguments.tune and shape.tokens in (32_768, 17_792):
+            for block in shape.blocks:
+                bench.tune(shape, sets, best, block)
+        if arguments.output:  # after every shape, so that an interrupted run leaves its part
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            content = {"machine": machine(), "rows": [asdict(row) for row in bench.rows]}
+            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"took {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

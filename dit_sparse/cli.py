@@ -1,0 +1,310 @@
+"""The command line: `dit-sparse compare` and `dit-sparse methods`.
+
+torch and diffusers take seconds to import, so every command imports them itself and `--help` does
+not.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from dit_sparse.eval.compare import Comparison, Request
+
+DEFAULT_PROMPT = "a star moving up over a sunset sky, panning right"
+DEFAULT_METHODS = "dense,noise-floor,adaspa:sparsity=0.6,adaspa:sparsity=0.8"
+
+COMPARE_HELP = """Generate the same clip dense and sparse; report quality, density and time.
+
+Every arm starts from the same noise. Writes report.json, report.html (one self-contained page)
+and the videos to --output.
+
+\b
+METHODS are comma-separated entries:
+  dense                 the reference; always runs, listed or not
+  noise-floor           all blocks, by our kernels: what rounding alone changes
+  adaspa                a method at its defaults, see `dit-sparse methods`
+  adaspa:sparsity=0.8:block=128
+                        a method with options; tuples as search=(0.2,0.6)
+  path/to/config.json   a saved SparseConfig
+
+\b
+report.json:
+  schema_version, created, command, model
+  machine{cpu, threads, gpu, driver, cuda, torch, diffusers, triton,
+          dit_sparse, python}
+  settings{steps, seed, height, width, frames, guidance_scale, dtype, device,
+           fps, difference_gain}
+  runs[]  one per prompt and arm, dense first:
+    prompt, method, config
+    psnr_mean, psnr_min, psnr_clip
+                        dB against dense; "inf" if identical, null for dense
+    identical_frames    frames equal to dense; psnr_mean leaves them out
+    ssim                mean over frames
+    density             share of blocks computed; dense calls count as 1
+    sparse_density      the same over sparse calls; null if there were none
+    dense_steps, sparse_steps
+                        denoising steps with full and with sparse attention
+    attention_s         seconds in self-attention, search included
+    search_s            seconds in mask search
+    total_s, speedup    seconds of the generation; that of dense / this one
+    cache_mb            memory held between steps, 10^6 bytes
+    kernels             attention calls by kernel
+    video, side_by_side paths relative to report.json
+    psnr_frames, ssim_frames
+"""
+
+app = typer.Typer(
+    name="dit-sparse",
+    help="Sparse attention for diffusers video models, without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Sparse attention for diffusers video models, without retraining."""
+
+
+def _fail(message: object) -> typer.Exit:
+    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
+    return typer.Exit(2)
+
+
+@app.command(help=COMPARE_HELP)
+def compare(
+    model: Annotated[
+        str, typer.Option(help="'embedded', a folder or a hub id of a diffusers video pipeline.")
+    ] = "embedded",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Caption; repeatable. Default: a fixed one.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a caption a line.")] = None,
+    methods: Annotated[str, typer.Option(help="Arms, see above.")] = DEFAULT_METHODS,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps. Embedded model: 12 on CPU, 30 on CUDA."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames. Embedded model: 16 on CPU, 32 on CUDA.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance. Embedded model: 1 (off) on CPU, 3 on CUDA."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16 or float16."),
+    ] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for report and videos.")] = Path(
+        "dit-sparse-compare"
+    ),
+    fps: Annotated[
+        int | None, typer.Option(help="Of the videos. Embedded model: 8, others 16.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print report.json, and nothing else, to stdout.")
+    ] = False,
+) -> None:
+    """See `COMPARE_HELP`."""
+    captions = _captions(prompt, prompts)
+    import torch
+
+    from dit_sparse.eval.arms import parse_arms
+    from dit_sparse.eval.compare import Request
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        request = Request(
+            prompts=captions,
+            arms=tuple(parse_arms(methods)),
+            output=output,
+            model=model,
+            steps=steps,
+            frames=frames,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            fps=fps,
+            command=shlex.join([app.info.name or "dit-sparse", *sys.argv[1:]]),
+        ).resolved()
+    except ValueError as error:
+        raise _fail(error) from error
+    messages = Console(stderr=True)
+    try:
+        result = _run_with_progress(request, messages)
+    # NotImplementedError: a model or a kernel that sparse attention refuses.
+    except (ValueError, NotImplementedError) as error:
+        raise _fail(error) from error
+    if json_:
+        # Not through Rich, which would wrap long lines.
+        sys.stdout.write(result.to_json() + "\n")
+    show = messages if json_ else _stdout()
+    for section in _tables(result):
+        show.print(section)
+    for path in (result.html_path, result.json_path, result.request.output / "videos"):
+        show.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _stdout() -> Console:
+    # In a file or a pipe Rich assumes 80 columns, which folds the names of methods.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _captions(prompt: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    captions = list(prompt or [])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _fail(
+                f"expected --prompts to be a readable UTF-8 text file, got {str(file)!r}: {error}"
+            ) from error
+        captions += [line.strip() for line in lines if line.strip()]
+        if not captions:
+            raise _fail(f"expected a caption a line in {str(file)!r}, got an empty file")
+    return tuple(captions or [DEFAULT_PROMPT])
+
+
+def _run_with_progress(request: Request, console: Console) -> Comparison:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    from dit_sparse.eval.compare import run_comparison
+
+    chosen = {
+        "steps": request.steps,
+        "frames": request.frames,
+        "size": f"{request.width}x{request.height}" if request.width and request.height else None,
+        "guidance": request.guidance_scale,
+        "seed": request.seed,
+    }
+    shown = ", ".join(f"{k} {v}" for k, v in chosen.items() if v is not None)
+    console.print(
+        f"{request.model} on {request.device} ({request.dtype}): {shown}; "
+        f"{len(request.prompts)} prompt(s) x {len(request.arms)} arms",
+        highlight=False,
+        markup=False,
+    )
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        status = progress.add_task("starting", total=None)
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def on_stage(text: str) -> None:
+            progress.update(status, description=text, visible=True)
+
+        def on_step(prompt: str, label: str, done: int, steps: int) -> None:
+            progress.update(status, visible=False)
+            if (prompt, label) not in tasks:
+                name = label if len(request.prompts) == 1 else f"{prompt[:32]} | {label}"
+                tasks[prompt, label] = progress.add_task(name, total=steps)
+            progress.update(tasks[prompt, label], completed=done)
+
+        result = run_comparison(request, on_step=on_step, on_stage=on_stage)
+        progress.update(status, visible=False)
+    return result
+
+
+def _tables(result: Comparison) -> list[Any]:
+    from itertools import groupby
+
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from dit_sparse.eval.html import format_number
+
+    columns: tuple[str, ...] = (
+        "PSNR\nmean",
+        "PSNR\nmin",
+        "PSNR\nclip",
+        "SSIM",
+        "density",
+        "dense\nsteps",
+    )
+    columns += ("atten-\ntion s", "total\ns", "speed-\nup")
+    tables = []
+    for prompt, runs in groupby(result.runs, key=lambda run: run.prompt):
+        table = Table(
+            title=Text(prompt), box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True
+        )
+        table.add_column("method", overflow="fold")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for run in runs:
+            values = run.to_dict()
+            table.add_row(
+                Text(run.method),
+                *(format_number(values[k]) for k in ("psnr_mean", "psnr_min", "psnr_clip")),
+                format_number(values["ssim"], 4),
+                format_number(run.density, 3),
+                f"{run.dense_steps}/{result.request.steps}",
+                format_number(run.attention_s),
+                format_number(run.total_s),
+                format_number(run.speedup, 2, "x"),
+            )
+        tables.append(table)
+    return tables
+
+
+@app.command()
+def methods() -> None:
+    """List the sparse methods with their options, and the supported transformers."""
+    import dataclasses
+    import inspect
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from dit_sparse import list_families, list_methods
+
+    table = Table(title="Methods", title_justify="left")
+    for column in ("name", "what it does", "options and defaults"):
+        table.add_column(column)
+    for name, kind in sorted(list_methods().items()):
+        options = "\n".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
+        summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
+        table.add_row(Text(name), Text(summary), Text(options))
+    console = _stdout()
+    console.print(table)
+    families = ", ".join(sorted(list_families()))
+    console.print(f"Transformers of these classes: {families}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,124 @@
+"""The settings of sparse attention, in code and in JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dit_sparse.kernels.ops import check_impl
+from dit_sparse.methods import Method, method_class
+from dit_sparse.methods.adaspa import AdaSpa
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Everything that decides what sparse attention computes.
+
+    Attributes:
+        method: A :class:`~dit_sparse.methods.base.Method`.
+        dense_layers: Self-attention layers, by index in execution order, that stay dense.
+        impl: Kernel to use: ``"auto"`` or a name, which then never falls back.
+
+    Raises:
+        ValueError: On an unknown ``impl`` or a layer index that is not an int >= 0.
+        Unsupported: If the named ``impl`` needs a package that is not installed.
+    """
+
+    method: Method = field(default_factory=AdaSpa)
+    dense_layers: tuple[int, ...] = ()
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise ValueError(
+                f"method must be a Method such as AdaSpa(sparsity=0.8), got {self.method!r}; "
+                "for a name use SparseConfig.from_name"
+            )
+        if any(not isinstance(layer, int) or layer < 0 for layer in self.dense_layers):
+            raise ValueError(f"dense_layers must be ints >= 0, got {self.dense_layers!r}")
+        check_impl(self.impl)
+
+    @classmethod
+    def from_name(cls, name: str, **options: Any) -> SparseConfig:
+        """A configuration from a method's name and options of the method or of this class.
+
+        Raises:
+            ValueError: On an unknown method or option; names the accepted ones.
+        """
+        shared = {f.name for f in fields(cls)} - {"method"}
+        outer = {key: options.pop(key) for key in list(options) if key in shared}
+        return cls.from_dict({"version": VERSION, "method": {"name": name, **options}, **outer})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; :meth:`from_dict` restores an equal object."""
+        method = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        return {
+            "version": VERSION,
+            "method": {"name": self.method.name, **_plain(method)},
+            "dense_layers": list(self.dense_layers),
+            "impl": self.impl,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SparseConfig:
+        """Restores :meth:`to_dict`.
+
+        Raises:
+            ValueError: On another version, an unknown key or an unknown method.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("method"), dict):
+            raise ValueError(
+                "a sparse attention config is an object with 'version' and 'method' "
+                f"({{'name': ...}}), got {data!r}"
+            )
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"config version must be {VERSION}, got {data.get('version')!r}; save it again "
+                "with this release of dit-sparse"
+            )
+        outer = {key: value for key, value in data.items() if key not in ("version", "method")}
+        _check_keys(outer, {f.name for f in fields(cls)} - {"method"}, "config")
+        options = {key: value for key, value in data["method"].items() if key != "name"}
+        kind = method_class(data["method"].get("name", ""))
+        _check_keys(options, {f.name for f in fields(kind)}, f"method {kind.name!r}")
+        return cls(method=kind(**_frozen(options)), **_frozen(outer))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the configuration as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparseConfig:
+        """Reads a configuration that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is not JSON, or as :meth:`from_dict`.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{what} accepts {sorted(known)}, got unknown {unknown}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

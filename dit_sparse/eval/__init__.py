@@ -1,0 +1,1 @@
+"""How close a sparse clip is to its dense twin, and what it cost."""

@@ -1,0 +1,1 @@
+"""How attention is computed: tensors and block masks, nothing about papers or models."""

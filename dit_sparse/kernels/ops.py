@@ -1,0 +1,344 @@
+"""The attention operations and the choice of who computes them.
+
+Every file beside this one that defines an :class:`Impl` is a candidate. ``impl="auto"`` takes the
+best-ranked candidate without a reason to refuse; a named one either runs or raises with all its
+reasons. Nothing here imports triton or any other optional package.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import logging
+import pkgutil
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_sparse.mask import BlockMask
+
+logger = logging.getLogger(__name__)
+
+# A kernel file may import these at its top; where one is missing its Impl is reported as such.
+OPTIONAL_PACKAGES = frozenset({"triton", "flash_attn", "xformers"})
+
+
+class Unsupported(NotImplementedError):
+    """No implementation, or not the named one, can compute this call."""
+
+
+class Attended(NamedTuple):
+    """Attention over a set of keys, in the form that :func:`merge` combines.
+
+    Attributes:
+        out: ``[batch, q_len, heads, dim]`` in the queries' dtype; 0 where no key was kept.
+        lse: Log of the softmax denominator, ``[batch, heads, q_len]`` fp32 (fp64 for fp64 input),
+            natural logarithm, scale included; ``-inf`` where no key was kept.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """A validated call of :func:`attention` or :func:`row_lse` (there ``v`` is None)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    mask: BlockMask | None
+    key_valid: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockMassCall:
+    """A validated call of :func:`block_mass`."""
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    block: tuple[int, int]
+    key_valid: Tensor | None
+    scale: float
+
+
+class Impl(abc.ABC):
+    """One way to compute one operation. A file in this package that defines one is found.
+
+    Attributes:
+        op: ``"attention"``, ``"row_lse"`` or ``"block_mass"``.
+        name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
+        rank: Preference of ``impl="auto"``; higher wins.
+    """
+
+    op: ClassVar[str]
+    name: ClassVar[str]
+    rank: ClassVar[int]
+
+    @abc.abstractmethod
+    def reasons(self, call: Any) -> list[str]:
+        """Why this implementation cannot compute ``call``; empty if it can."""
+
+    @abc.abstractmethod
+    def __call__(self, call: Any) -> Any:
+        """Computes the validated ``call``."""
+
+
+@lru_cache(maxsize=1)
+def _discover() -> tuple[dict[str, tuple[Impl, ...]], dict[str, str]]:
+    """Implementations by operation, best first, and why some kernel files could not load."""
+    missing: dict[str, str] = {}
+    package = importlib.import_module("dit_sparse.kernels")
+    for module in pkgutil.iter_modules(package.__path__):
+        try:
+            importlib.import_module(f"dit_sparse.kernels.{module.name}")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in OPTIONAL_PACKAGES:
+                raise
+            missing[module.name.split("_")[0]] = f"package {error.name!r} is not installed"
+    found: dict[str, list[Impl]] = {}
+    for kind in _concrete(Impl):  # type: ignore[type-abstract]
+        found.setdefault(kind.op, []).append(kind())
+    ranked = {op: tuple(sorted(impls, key=lambda i: -i.rank)) for op, impls in found.items()}
+    return ranked, missing
+
+
+def _concrete(kind: type[Impl]) -> list[type[Impl]]:
+    below = [leaf for child in kind.__subclasses__() for leaf in _concrete(child)]
+    own = [] if getattr(kind, "__abstractmethods__", None) else [kind]
+    return own + below
+
+
+def implementations(op: str) -> tuple[Impl, ...]:
+    """All implementations of ``op``, best ranked first."""
+    return _discover()[0].get(op, ())
+
+
+@lru_cache(maxsize=256)
+def _log_choice(op: str, name: str, device: str, dtype: torch.dtype) -> None:
+    logger.info("%s on %s (%s) is computed by %r", op, device, dtype, name)
+
+
+def check_impl(impl: str) -> None:
+    """Refuses an implementation name that no call could use, before any work is done.
+
+    Raises:
+        ValueError: If ``impl`` is neither ``"auto"`` nor a known name.
+        Unsupported: If it is known but its package is not installed.
+    """
+    found, missing = _discover()
+    names = {i.name for impls in found.values() for i in impls}
+    if impl == "auto" or impl in names:
+        return
+    if impl in missing:
+        raise Unsupported(f"impl={impl!r} cannot be used: {missing[impl]}")
+    raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
+
+
+def select(op: str, call: AttentionCall | BlockMassCall, impl: str = "auto") -> Impl:
+    """The implementation that computes ``call``.
+
+    Raises:
+        ValueError: If ``impl`` names nothing known.
+        Unsupported: If the named one, or all of them, refuse; every reason is listed.
+    """
+    check_impl(impl)
+    refusals = []
+    for candidate in implementations(op):
+        if impl not in ("auto", candidate.name):
+            continue
+        reasons = candidate.reasons(call)
+        if not reasons:
+            _log_choice(op, candidate.name, call.q.device.type, call.q.dtype)
+            return candidate
+        refusals += [f"{candidate.name}: {reason}" for reason in reasons]
+    if impl == "auto":
+        refusals += [f"{name}: {reason}" for name, reason in _discover()[1].items()]
+    raise Unsupported(
+        f"{op} of q {tuple(call.q.shape)} {call.q.dtype} on {call.q.device} with impl={impl!r} "
+        "cannot be computed:\n  " + "\n  ".join(refusals or ["no implementation of this operation"])
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None = None,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Attended:
+    """Softmax attention over the blocks that ``mask`` keeps, with its log-sum-exp.
+
+    ``out_i = sum_j exp(s_ij - lse_i) v_j`` and ``lse_i = log sum_j exp(s_ij)`` over the kept,
+    valid keys j, with ``s_ij = scale * q_i . k_j``.
+
+    Args:
+        q: Queries ``[batch, q_len, heads, dim]``, any strides with a contiguous last dimension.
+        k: Keys ``[batch, kv_len, heads, dim]``.
+        v: Values ``[batch, kv_len, heads, dim]``.
+        mask: Blocks to compute; ``None`` computes all.
+        key_valid: Keys that exist (not padding), ``[batch, kv_len]`` bool; ``None`` means all.
+            Keys and values of padding may hold anything, NaN included.
+        scale: Factor on the scores; ``dim ** -0.5`` if None.
+        impl: ``"auto"`` or the name of an implementation, which then never falls back.
+
+    Returns:
+        ``Attended(out, lse)``; a query whose kept keys are none gives out 0 and lse ``-inf``.
+
+    Raises:
+        ValueError: On a shape, dtype or device mismatch, or an unknown ``impl``.
+        Unsupported: If nothing, or not the named implementation, can compute it.
+    """
+    _check_operands(q, k, v, key_valid)
+    _check_mask(mask, q, k)
+    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale))
+    return select("attention", call, impl)(call)
+
+
+def row_lse(
+    q: Tensor,
+    k: Tensor,
+    mask: BlockMask | None = None,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The ``lse`` of :func:`attention` alone: one pass over the keys, none over the values.
+
+    Returns:
+        ``[batch, heads, q_len]`` fp32 (fp64 for fp64 input), natural logarithm, scale included.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    _check_operands(q, k, None, key_valid)
+    _check_mask(mask, q, k)
+    call = AttentionCall(q, k, None, mask, key_valid, _scale(q, scale))
+    return select("row_lse", call, impl)(call)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: tuple[int, int] | int,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention mass of every block under given row normalisers.
+
+    ``W[p, c] = sum_{i in block p, j in block c} exp(s_ij - lse_i)`` over real rows and valid keys.
+    With the true LSE the row sums of W are the numbers of rows in each block.
+
+    Args:
+        q: Queries ``[batch, q_len, heads, dim]``.
+        k: Keys ``[batch, kv_len, heads, dim]``.
+        lse: Row normalisers ``[batch, heads, q_len]`` fp32, natural logarithm; rows with ``-inf``
+            contribute nothing.
+        block: Tokens in a (query, key) block; one int for both.
+        key_valid: Keys that exist, ``[batch, kv_len]`` bool.
+        scale: Factor on the scores; ``dim ** -0.5`` if None.
+        impl: As in :func:`attention`.
+
+    Returns:
+        ``[batch, heads, q_blocks, kv_blocks]`` fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+
+    Source: AdaSpa (arXiv 2502.21079), algorithms 1 and 2; the paper prints ``Log`` where its own
+    safe-softmax equation requires ``exp``.
+    """
+    _check_operands(q, k, None, key_valid)
+    block = (block, block) if isinstance(block, int) else block
+    if min(block) < 1:
+        raise ValueError(f"block must be at least 1 token, got {block}")
+    expected = (q.shape[0], q.shape[2], q.shape[1])
+    if tuple(lse.shape) != expected or lse.device != q.device:
+        raise ValueError(
+            f"lse must be [batch, heads, q_len] = {expected} on {q.device}, got "
+            f"{tuple(lse.shape)} on {lse.device}"
+        )
+    call = BlockMassCall(q, k, lse, block, key_valid, _scale(q, scale))
+    return select("block_mass", call, impl)(call)
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Attention over the union of two disjoint sets of keys.
+
+    ``lse = logaddexp(lse_a, lse_b)`` and ``out = sum_x exp(lse_x - lse) out_x``. A row that is
+    empty in both stays 0 with ``-inf``.
+
+    Args:
+        a: Result over the first set, shapes as in :class:`Attended`.
+        b: Result over the second set.
+    """
+    lse = torch.logaddexp(a.lse, b.lse)
+    # -inf minus -inf is NaN; a row that is empty on both sides has weight 0 on both.
+    floor = lse.masked_fill(lse == float("-inf"), 0.0)
+    weight_a = (a.lse - floor).exp().transpose(1, 2).unsqueeze(-1)
+    weight_b = (b.lse - floor).exp().transpose(1, 2).unsqueeze(-1)
+    out = weight_a * a.out.to(lse.dtype) + weight_b * b.out.to(lse.dtype)
+    return Attended(out.to(a.out.dtype), lse)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_valid: Tensor | None) -> None:
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, tensor in named.items():
+        if tensor.ndim != 4 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point [batch, tokens, heads, dim] tensor, got "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device, got q {q.dtype} on {q.device} and "
+                f"{name} {tensor.dtype} on {tensor.device}"
+            )
+        if (tensor.shape[0], *tensor.shape[2:]) != (q.shape[0], *q.shape[2:]):
+            raise ValueError(
+                "q, k and v must agree in batch, heads and dim, got q "
+                f"{tuple(q.shape)} and {name} {tuple(tensor.shape)}"
+            )
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if key_valid is not None and (
+        key_valid.dtype != torch.bool
+        or tuple(key_valid.shape) != (k.shape[0], k.shape[1])
+        or key_valid.device != q.device
+    ):
+        raise ValueError(
+            f"key_valid must be bool [batch, kv_len] = {(k.shape[0], k.shape[1])} on {q.device}, "
+            f"got {key_valid.dtype} {tuple(key_valid.shape)} on {key_valid.device}"
+        )
+
+
+def _check_mask(mask: BlockMask | None, q: Tensor, k: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.seq != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"the mask was made for {mask.seq} (query, key) tokens, got {(q.shape[1], k.shape[1])}"
+        )
+    if mask.shape[0] not in (1, q.shape[0]) or mask.shape[1] not in (1, q.shape[2]):
+        raise ValueError(
+            f"the mask is for (batch, heads) = {mask.shape[:2]}; q has "
+            f"{(q.shape[0], q.shape[2])}: each must be 1 or the same"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"the mask is on {mask.device}, q on {q.device}: use mask.to(q.device)")

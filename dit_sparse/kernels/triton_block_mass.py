@@ -1,0 +1,167 @@
+"""Attention mass of every block in Triton, without an ``N x N`` matrix in memory.
+
+One program holds one tile of queries and walks all key blocks, writing one number for each.
+
+Source: AdaSpa (arXiv 2502.21079), algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_sparse.kernels.ops import BlockMassCall, Impl
+from dit_sparse.kernels.triton_common import (
+    LOG2_E,
+    RANK,
+    last_contiguous,
+    padded_dim,
+    refusals,
+    validity,
+)
+
+
+@triton.jit
+def _sum_blocks(
+    mass,
+    q,
+    shift,
+    k,
+    key_valid,
+    first,
+    last,
+    kv_len,
+    k_stride,
+    scale_log2,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Stores the mass of the key blocks ``first..last`` to ``mass``."""
+    tokens = tl.arange(0, TILE_K)
+    dims = tl.arange(0, DIM_PAD)
+    for block in range(first, last):
+        total = 0.0
+        for part in range(BLOCK_K // TILE_K):
+            start = block * BLOCK_K + part * TILE_K
+            k_at = k + start * k_stride + (tokens[:, None] * k_stride + dims[None, :])
+            if MASKED:
+                keep = start + tokens < kv_len  # [TILE_K]
+                if key_valid is not None:
+                    keep = tl.load(key_valid + start + tokens, mask=keep, other=0) != 0
+                keys = tl.load(k_at, mask=keep[:, None] & (dims < DIM)[None, :], other=0.0)
+            elif DIM != DIM_PAD:
+                keys = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0)
+            else:
+                keys = tl.load(k_at)
+            scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [TILE_Q, TILE_K]
+            weights = tl.exp2(scores * scale_log2 - shift[:, None])
+            if MASKED:
+                weights = tl.where(keep[None, :], weights, 0.0)
+            total += tl.sum(tl.sum(weights, 1), 0)
+        tl.store(mass + block, total)
+
+
+@triton.jit
+def _block_mass_fwd_kernel(
+    q,  # [batch, q_len, heads, dim]
+    k,  # [batch, kv_len, heads, dim]
+    lse,  # [batch, heads, q_len] fp32, contiguous
+    mass,  # [batch, heads, query tiles, kv_blocks] fp32, contiguous
+    key_valid,  # [batch, kv_len] uint8, or None
+    valid_prefix,  # [batch] int32, or None
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    heads,
+    q_len,
+    kv_len,
+    scale_log2,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NEEDS_MASK: tl.constexpr,
+):
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tile = tl.program_id(0)
+    head = tl.program_id(1) % heads
+    batch = tl.program_id(1) // heads
+    batch64 = batch.to(tl.int64)
+    head64 = head.to(tl.int64)
+
+    rows = tile * TILE_Q + tl.arange(0, TILE_Q)
+    dims = tl.arange(0, DIM_PAD)
+    live = rows < q_len
+    q += batch64 * q_batch + head64 * q_head
+    at_q = live[:, None] & (dims < DIM)[None, :]
+    queries = tl.load(q + rows.to(tl.int64)[:, None] * q_token + dims[None, :], mask=at_q, other=0)
+    # Empty rows and rows past the end contribute exp2(-inf) = 0.
+    shift = tl.load(lse + (batch64 * heads + head) * q_len + rows, mask=live, other=float("inf"))
+    shift = tl.where(shift == float("-inf"), float("inf"), shift * LOG2_E)
+
+    columns = tl.cdiv(kv_len, BLOCK_K)
+    inside = kv_len // BLOCK_K
+    if valid_prefix is not None:
+        inside = tl.load(valid_prefix + batch) // BLOCK_K
+        key_valid += batch64 * kv_len
+    k += batch64 * k_batch + head64 * k_head
+    # 64-bit, so that token * stride cannot overflow.
+    k_stride = tl.cast(k_token, tl.int64)
+    mass += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile) * columns
+    _sum_blocks(
+        mass, queries, shift, k, key_valid, 0, inside, kv_len, k_stride, scale_log2,
+        DIM, DIM_PAD, TILE_K, BLOCK_K, False,
+    )  # fmt: skip
+    if NEEDS_MASK:
+        _sum_blocks(
+            mass, queries, shift, k, key_valid, inside, columns, kv_len, k_stride, scale_log2,
+            DIM, DIM_PAD, TILE_K, BLOCK_K, True,
+        )  # fmt: skip
+
+
+class TritonBlockMass(Impl):
+    op, name, rank = "block_mass", "triton", RANK
+
+    def reasons(self, call: BlockMassCall) -> list[str]:
+        return refusals(call.q, call.block)
+
+    def __call__(self, call: BlockMassCall) -> Tensor:
+        q, k = last_contiguous(call.q), last_contiguous(call.k)
+        batch, q_len, heads, dim = q.shape
+        kv_len = k.shape[1]
+        # In 16 bit one tile is one block, at dim 256 half of one to fit the shared memory of
+        # consumer cards. fp32 products run on the FMA units with operands in registers: larger
+        # tiles spill.
+        single, wide = q.dtype == torch.float32, padded_dim(dim) == 256
+        limit = (16 if wide else 32) if single else (64 if wide else 128)
+        tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
+        rows, columns = triton.cdiv(q_len, call.block[0]), triton.cdiv(kv_len, call.block[1])
+        parts = call.block[0] // tile_q
+        flags, prefix = validity(call.key_valid)
+        mass = torch.empty(
+            batch, heads, rows * parts, columns, dtype=torch.float32, device=q.device
+        )
+        if mass.numel() == 0:
+            return mass.view(batch, heads, rows, parts, columns).sum(-2)
+        with torch.cuda.device_of(q):
+            _block_mass_fwd_kernel[(rows * parts, batch * heads)](
+                q, k, call.lse.float().contiguous(), mass, flags, prefix,
+                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+                heads, q_len, kv_len, call.scale * LOG2_E,
+                DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
+                BLOCK_K=call.block[1],
+                NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
+                # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
+                num_warps=8 if single or tile_q * tile_k > 64 * 128 else 4,
+                num_stages=1 if single else 2,
+            )  # fmt: skip
+        return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)

@@ -1,0 +1,77 @@
+"""What the Triton kernels share: when they refuse, and how the launchers prepare operands."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+MASK_BLOCKS = (64, 128)
+MAX_DIM = 256
+
+
+@triton.jit
+def _probe():
+    tl.static_assert(True)
+
+
+# Set when triton was imported with TRITON_INTERPRET=1: the kernels then run on CPU tensors.
+INTERPRETED = not isinstance(_probe, triton.JITFunction)
+# The interpreter is for tests: then impl="auto" prefers even the reference, which is faster.
+RANK = -1 if INTERPRETED else 100
+
+
+def refusals(q: Tensor, block: tuple[int, int] | None) -> list[str]:
+    """Why no Triton kernel of this package can take queries ``q`` with mask blocks ``block``.
+
+    Args:
+        q: Queries ``[batch, q_len, heads, dim]``.
+        block: Tokens in a (query, key) block, or None for a call without blocks.
+    """
+    reasons = []
+    if INTERPRETED:
+        if q.device.type != "cpu":
+            reasons.append(f"TRITON_INTERPRET=1 runs on CPU tensors, got {q.device}")
+        if q.dtype == torch.bfloat16:
+            # It multiplies the 16-bit patterns as integers (triton 3.9).
+            reasons.append("the interpreter of triton has no bfloat16 matrix product")
+    elif q.device.type != "cuda":
+        reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1), got {q.device}")
+    elif torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        found = torch.cuda.get_device_capability(q.device)
+        reasons.append(f"needs compute capability 8.0 or newer, got {found[0]}.{found[1]}")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reasons.append(f"dtype must be bfloat16, float16 or float32, got {q.dtype}")
+    if q.shape[-1] > MAX_DIM:
+        reasons.append(f"head dim must be at most {MAX_DIM}, got {q.shape[-1]}")
+    if block is not None and not set(block) <= set(MASK_BLOCKS):
+        reasons.append(f"query and key blocks must each be one of {MASK_BLOCKS}, got {block}")
+    return reasons
+
+
+def padded_dim(dim: int) -> int:
+    """Width of the register tile that holds ``dim`` columns: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """``tensor`` itself if its last dimension has stride 1, otherwise a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def validity(key_valid: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The padding mask as the kernels read it.
+
+    Args:
+        key_valid: ``[batch, kv_len]`` bool or None.
+
+    Returns:
+        The mask as uint8 ``[batch, kv_len]``, and the number of keys before the first invalid one,
+        ``[batch]`` int32: blocks inside this prefix take the path without masking.
+    """
+    if key_valid is None:
+        return None, None
+    flags = key_valid.contiguous().view(torch.uint8)
+    return flags, flags.int().cumprod(-1).sum(-1, dtype=torch.int32)

@@ -1,0 +1,125 @@
+"""What each position of a token sequence is, and orders in which to lay the tokens out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """The tokens that a self-attention layer sees.
+
+    Attributes:
+        grid: Video tokens along (frames, height, width), row-major with width fastest; one frame
+            for an image.
+        text: Text tokens joined to the video tokens; 0 where text has its own cross-attention.
+        order: Whether the text stands after or before the video.
+
+    Raises:
+        ValueError: If a count is impossible or the order is unknown.
+    """
+
+    grid: tuple[int, int, int]
+    text: int = 0
+    order: Literal["video_text", "text_video"] = "video_text"
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(
+                f"grid must be (frames, height, width) of at least one token each, got {self.grid}"
+            )
+        if self.text < 0:
+            raise ValueError(f"text must be a number of tokens, 0 or more, got {self.text}")
+        if self.order not in ("video_text", "text_video"):
+            raise ValueError(f"order must be 'video_text' or 'text_video', got {self.order!r}")
+
+    @property
+    def video(self) -> int:
+        """Number of video tokens."""
+        return math.prod(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the sequence."""
+        return self.video + self.text
+
+    @property
+    def video_start(self) -> int:
+        """Position of the first video token."""
+        return self.text if self.order == "text_video" else 0
+
+    def coords(self) -> Tensor:
+        """(frame, row, column) of every token, ``[tokens, 3]`` int64; -1 on text."""
+        axes = torch.meshgrid(*(torch.arange(n) for n in self.grid), indexing="ij")
+        coords = torch.full((self.tokens, 3), -1)
+        coords[self.video_start : self.video_start + self.video] = torch.stack(axes, -1).view(-1, 3)
+        return coords
+
+    def ordering(self, tile: tuple[int, int, int]) -> Ordering:
+        """The order that makes every ``tile`` of the grid one run of tokens, text last.
+
+        Args:
+            tile: Tokens of a tile along (frames, height, width). Where it does not divide the grid
+                the tiles at the far edges are smaller and nothing is padded.
+        """
+        return _tile_ordering(self, tuple(tile))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ordering:
+    """A permutation of the tokens of a sequence.
+
+    Attributes:
+        perm: Position in the original sequence of each token of the new one, ``[tokens]`` int64.
+        inverse: The permutation that undoes it, ``[tokens]`` int64.
+    """
+
+    perm: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def from_perm(cls, perm: Tensor) -> Ordering:
+        return cls(perm, torch.argsort(perm))
+
+    def apply(self, x: Tensor, dim: int = 1) -> Tensor:
+        """``x`` with its tokens (dimension ``dim``) in the new order."""
+        return x.index_select(dim, self.perm)
+
+    def undo(self, x: Tensor, dim: int = 1) -> Tensor:
+        """``x`` with its tokens (dimension ``dim``) back in the original order."""
+        return x.index_select(dim, self.inverse)
+
+    def to(self, device: torch.device | str) -> Ordering:
+        return Ordering(self.perm.to(device), self.inverse.to(device))
+
+
+@lru_cache(maxsize=64)
+def _tile_ordering(layout: TokenLayout, tile: tuple[int, ...]) -> Ordering:
+    if len(tile) != 3 or min(tile) < 1:
+        raise ValueError(f"tile must be (frames, height, width) of at least one token, got {tile}")
+    video = layout.coords()[layout.video_start : layout.video_start + layout.video]
+    tiles, within = video // torch.tensor(tile), video % torch.tensor(tile)
+    # Sort by tile first, then by place in the tile; both row-major.
+    rank = torch.zeros(layout.video, dtype=torch.int64)
+    for axis in range(3):
+        rank = rank * -(-layout.grid[axis] // tile[axis]) + tiles[:, axis]
+    for axis in range(3):
+        rank = rank * tile[axis] + within[:, axis]
+    video_order = layout.video_start + torch.argsort(rank)
+    text_start = 0 if layout.order == "text_video" else layout.video
+    text = torch.arange(text_start, text_start + layout.text)
+    return Ordering.from_perm(torch.cat([video_order, text]))
+
+
+@lru_cache(maxsize=64)
+def tile_ordering_on(
+    layout: TokenLayout, tile: tuple[int, int, int], device: torch.device
+) -> Ordering:
+    """:meth:`TokenLayout.ordering` on ``device``, kept so that it is uploaded once."""
+    return layout.ordering(tile).to(device)

@@ -1,0 +1,216 @@
+"""AdaSpa: exact block search at a few steps, reused in between.
+
+Source: AdaSpa, arXiv 2502.21079. There is no public code; where the text leaves a choice open it
+is made here and said so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
+from dit_sparse.mask import BlockMask, block_count, block_sizes
+from dit_sparse.methods.base import Call, Method
+from dit_sparse.schedule import Phase, Schedule
+
+# Heads whose mask keeps more than this share of their attention mass may give some of it up
+# (section 4.3, "head-adaptive").
+EASY_RECALL = 0.8
+
+
+@dataclass(frozen=True)
+class AdaSpa(Method):
+    """Block-sparse attention under masks searched online, per head, by exact attention mass.
+
+    With block mass ``W[p, c] = sum_{i in p, j in c} exp(s_ij - LSE_i)`` every query block keeps the
+    same number ``k_h = round((1 - s_h) * N)`` of the N video key blocks with the largest mass
+    ("row-wise" selection). The first search is fused with a dense step and caches LSE; later
+    searches need one pass over the queries and keys because LSE hardly moves between steps.
+
+    Head-adaptive sparsity: with recall_h the share of mass kept at base sparsity s and
+    ``n = #{h : recall_h > 0.8}``, the n heads of highest recall get ``(1 + s) / 2``, the n of
+    lowest recall ``(3 s - 1) / 2``, the others s; the mean is exactly s. The paper leaves open what
+    happens when the two groups overlap or the lower level is negative: here n is at most half the
+    heads, and below s = 1/3 the levels are 0 and 2 s, which keeps the mean.
+
+    Text blocks (and blocks that mix text and video) are kept as rows and as columns and are not
+    charged to the budget, so text conditioning stays exact.
+
+    Attributes:
+        sparsity: Share of video blocks that a head skips on average, in [0, 1).
+        search: When masks are searched, see :class:`~dit_sparse.schedule.Schedule`. The paper's 10
+            and 30 of 50 steps, as shares.
+        block: Tokens in a query and a key block, 64 or 128.
+        tile: Order of the video tokens: (frames, height, width) of a tile that becomes one run, or
+            None for raster order as in the paper.
+        head_adaptive: Whether heads get one of three sparsities by their recall.
+        lse_cache: Whether later searches reuse the LSE of the first one.
+        staleness: Standard deviation of log row mass above which a cached LSE is considered stale
+            and is recomputed; a cached LSE that drifted by one constant per query block changes no
+            ranking, an uneven drift does. None never recomputes, as in the paper.
+
+    Raises:
+        ValueError: On a value outside these ranges.
+
+    Source: arXiv 2502.21079, sections 4.2-4.4, algorithms 1 and 2 (which print ``Log`` for the
+    ``exp`` that the paper's own safe-softmax equation requires).
+    """
+
+    name = "adaspa"
+
+    sparsity: float = 0.8
+    search: tuple[int | float, ...] = (0.2, 0.6)
+    block: int = 64
+    tile: tuple[int, int, int] | None = (4, 4, 4)
+    head_adaptive: bool = True
+    lse_cache: bool = True
+    staleness: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float):
+            raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                "sparsity is the share of blocks skipped and must be in [0, 1), got "
+                f"{self.sparsity}; sparsity=0.8 keeps 20 %"
+            )
+        if self.block not in (64, 128):
+            raise ValueError(f"block must be 64 or 128 tokens, got {self.block!r}")
+        if self.tile is not None and (
+            len(self.tile) != 3 or any(not isinstance(n, int) or n < 1 for n in self.tile)
+        ):
+            raise ValueError(
+                f"tile must be (frames, height, width) in tokens, or None, got {self.tile!r}"
+            )
+        if self.staleness is not None and not self.staleness > 0:
+            raise ValueError(f"staleness must be positive or None, got {self.staleness!r}")
+        Schedule(self.search)
+
+    @classmethod
+    def exact(cls) -> AdaSpa:
+        return cls(sparsity=0.0, search=(0,))
+
+    def attend(self, call: Call) -> Tensor:
+        phase = Schedule(self.search).phase(call.step, "mask" in call.memory)
+        if phase is Phase.DENSE:
+            call.record(phase)
+            return call.dense()
+        order = self._order(call)
+        moved = call.ordered(order)
+        if phase is not Phase.SPARSE:
+            self._search(moved, keep_lse=phase is Phase.REFRESH)
+        mask = call.memory["mask"]
+        if phase is Phase.SEARCH:
+            # The output of this step is the model's own; only the search ran on our side.
+            call.record(phase)
+            return call.dense()
+        call.record(phase, mask)
+        out = moved.attention(mask).out
+        return out if order is None else order.undo(out)
+
+    def _order(self, call: Call) -> Ordering | None:
+        if self.tile is None and call.layout.text == 0:
+            return None
+        # Raster order with text is the order of one-row tiles: video in place, text moved last, so
+        # that video blocks start at a block border wherever the model puts its text.
+        tile = self.tile or (1, 1, call.layout.grid[2])
+        return tile_ordering_on(call.layout, tile, call.q.device)
+
+    def _search(self, call: Call, keep_lse: bool) -> None:
+        stop = call.search_watch.start(call.q.device)
+        lse = call.memory.get("lse") if keep_lse else None
+        reused = lse is not None
+        if lse is None:
+            lse = call.row_lse()
+        mass = call.block_mass(lse, self.block)
+        if reused:
+            drift = row_mass_drift(mass, call.layout.tokens, self.block)
+            call.memory["drift"] = drift
+            # The one read-back, only where the user asked for the guard, once per refresh.
+            if self.staleness is not None and bool((drift > self.staleness).any()):
+                lse = call.row_lse()
+                mass = call.block_mass(lse, self.block)
+        if self.lse_cache:
+            call.memory["lse"] = lse
+        keep = select_blocks(mass, self.sparsity, call.layout, self.block, self.head_adaptive)
+        call.memory["mask"] = BlockMask.from_dense(keep, self.block, call.layout.tokens)
+        stop()
+
+
+def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:
+    """Spread of log row mass over query blocks, ``[batch, heads]`` fp32: 0 for a fresh LSE.
+
+    With a fresh LSE every row of W sums to its number of tokens; with a cached one to the sum of
+    ``exp(LSE_true - LSE_cached)``. A common factor changes no ranking, hence the spread.
+
+    Args:
+        mass: Block mass ``[batch, heads, q_blocks, kv_blocks]``.
+        tokens: Tokens in the sequence.
+        block: Tokens in a block.
+    """
+    rows = block_sizes(tokens, block, mass.device)
+    return (mass.sum(-1) / rows).log().std(-1, unbiased=False)
+
+
+def head_levels(recall: Tensor, sparsity: float) -> Tensor:
+    """Sparsity of every head by its recall, ``[batch, heads]`` fp32; the mean is ``sparsity``.
+
+    Args:
+        recall: Share of attention mass kept at the base sparsity, ``[batch, heads]``.
+        sparsity: The base level s.
+    """
+    heads = recall.shape[-1]
+    high, low = ((1 + sparsity) / 2, (3 * sparsity - 1) / 2)
+    if low < 0:
+        high, low = 2 * sparsity, 0.0
+    easy = (recall > EASY_RECALL).sum(-1, keepdim=True).clamp(max=heads // 2)
+    # Rank 0 is the highest recall; equal recalls keep head order, so ties are deterministic.
+    order = recall.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    levels = torch.full(recall.shape, float(sparsity), device=recall.device)
+    levels = torch.where(rank < easy, high, levels)
+    return torch.where(rank >= heads - easy, low, levels)
+
+
+def select_blocks(
+    mass: Tensor, sparsity: float, layout: TokenLayout, block: int, head_adaptive: bool
+) -> Tensor:
+    """The blocks that AdaSpa keeps, ``[batch, heads, q_blocks, kv_blocks]`` bool.
+
+    Args:
+        mass: Block mass of tokens ordered video first, same shape, fp32.
+        sparsity: Mean share of video blocks skipped.
+        layout: What the tokens are; only the counts matter here.
+        block: Tokens in a block.
+        head_adaptive: Whether heads get one of three sparsities by recall.
+    """
+    # Blocks made of video alone; the block in which video ends and text begins counts as text.
+    video = layout.video // block if layout.text else block_count(layout.video, block)
+    order = mass[..., :video, :video].argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(video, device=mass.device).expand_as(order)
+    )
+    budget = torch.full(mass.shape[:2], sparsity, device=mass.device)
+    if head_adaptive:
+        kept = mass[..., :video, :video].where(rank < kept_blocks(budget, video), 0.0)
+        total = mass[..., :video, :video].sum((-1, -2))
+        budget = head_levels(kept.sum((-1, -2)) / total.clamp_min(1e-30), sparsity)
+    keep = torch.ones(mass.shape, dtype=torch.bool, device=mass.device)
+    keep[..., :video, :video] = rank < kept_blocks(budget, video)
+    return keep
+
+
+def kept_blocks(sparsity: Tensor, blocks: int) -> Tensor:
+    """Key blocks that a query block keeps: ``round((1 - s) N)``, never 0.
+
+    Args:
+        sparsity: ``[batch, heads]``.
+        blocks: N.
+
+    Returns:
+        ``[batch, heads, 1, 1]`` int64.
+    """
+    return ((1 - sparsity) * blocks).round().clamp(min=1).long()[..., None, None]

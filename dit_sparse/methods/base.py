@@ -1,0 +1,153 @@
+"""What a method is, and what one attention call gives it to work with."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import ops
+from dit_sparse.kernels.ops import Attended
+from dit_sparse.layout import Ordering, TokenLayout
+from dit_sparse.mask import BlockMask
+from dit_sparse.schedule import Phase, Step
+
+
+@dataclass(slots=True, eq=False)
+class Stopwatch:
+    """Time spent on a device between pairs of marks, read back only when asked.
+
+    On CUDA the marks are events in the current stream, so measuring does not stall it.
+    """
+
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def start(self, device: torch.device) -> Callable[[], None]:
+        """Marks the beginning; call the result to mark the end."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+
+            def stop() -> None:
+                end.record()
+                self.marks.append((begin, end))
+        else:
+            started = time.perf_counter()
+
+            def stop() -> None:
+                self.marks.append((started, time.perf_counter()))
+
+        return stop
+
+    def seconds(self) -> float:
+        """The sum of all marked spans; waits for the device."""
+        total = 0.0
+        for begin, end in self.marks:
+            if isinstance(begin, float):
+                total += end - begin
+            else:
+                end.synchronize()
+                total += begin.elapsed_time(end) / 1000
+        return total
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One self-attention call, with everything a method may use.
+
+    Attributes:
+        q: Queries ``[batch, tokens, heads, dim]`` after rotary embedding.
+        k: Keys, same shape.
+        v: Values, same shape.
+        layout: What the tokens are.
+        step: Where the generation stands.
+        layer: Index of the self-attention layer in execution order.
+        key_valid: Keys that are not padding, ``[batch, tokens]`` bool, or None.
+        memory: What this method kept for this (generation, branch, layer). Emptied with each new
+            generation.
+        scale: Factor on the scores, or None for ``dim ** -0.5``.
+        impl: Implementation the user asked for.
+        dense_attention: The model's own attention call with the user's own backend.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: TokenLayout
+    step: Step
+    layer: int
+    key_valid: Tensor | None
+    memory: dict[str, Any]
+    scale: float | None
+    impl: str
+    dense_attention: Callable[[], Tensor]
+    # What happened, for the report.
+    phase: Phase = Phase.DENSE
+    head_density: Tensor | None = None
+    kernel: str = "own"
+    search_watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def dense(self) -> Tensor:
+        """The output that the model would have computed without us, bit for bit."""
+        return self.dense_attention()
+
+    def ordered(self, order: Ordering | None) -> Call:
+        """This call with its tokens in another order (queries, keys, values, padding)."""
+        if order is None:
+            return self
+        valid = None if self.key_valid is None else order.apply(self.key_valid)
+        moved = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
+        moved.q, moved.k, moved.v = (order.apply(x) for x in (self.q, self.k, self.v))
+        moved.key_valid = valid
+        return moved
+
+    def attention(self, mask: BlockMask | None = None) -> Attended:
+        """:func:`dit_sparse.kernels.ops.attention` on this call's tensors."""
+        return ops.attention(
+            self.q, self.k, self.v, mask, key_valid=self.key_valid, scale=self.scale, impl=self.impl
+        )
+
+    def row_lse(self) -> Tensor:
+        """:func:`dit_sparse.kernels.ops.row_lse` on this call's tensors."""
+        return ops.row_lse(
+            self.q, self.k, key_valid=self.key_valid, scale=self.scale, impl=self.impl
+        )
+
+    def block_mass(self, lse: Tensor, block: int) -> Tensor:
+        """:func:`dit_sparse.kernels.ops.block_mass` on this call's tensors."""
+        return ops.block_mass(
+            self.q, self.k, lse, block, key_valid=self.key_valid, scale=self.scale, impl=self.impl
+        )
+
+    def record(self, phase: Phase, mask: BlockMask | None = None) -> None:
+        """Notes what this call does, for the report. Reads nothing back from the device."""
+        self.phase = phase
+        if mask is not None:
+            self.head_density = mask.head_density()
+            call = ops.AttentionCall(self.q, self.k, self.v, mask, self.key_valid, 1.0)
+            self.kernel = ops.select("attention", call, self.impl).name
+
+
+@dataclass(frozen=True)
+class Method(abc.ABC):
+    """One way to compute self-attention, as a frozen dataclass of its hyper-parameters.
+
+    Attributes:
+        name: What users write, e.g. ``"adaspa"``.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def attend(self, call: Call) -> Tensor:
+        """Self-attention ``[batch, tokens, heads, dim]`` of ``call``; records its phase."""
+
+    @classmethod
+    @abc.abstractmethod
+    def exact(cls) -> Method:
+        """Settings at which the method must equal dense attention."""

@@ -1,0 +1,1 @@
+"""Where sparse attention goes: one model family a file, and how it is bound to a model."""

@@ -1,0 +1,119 @@
+"""Where a generation stands, and what a method does there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(str, Enum):
+    """What one attention call does.
+
+    DENSE: the model's own attention, untouched. SEARCH: the same output, and a mask is found on
+    the way. REFRESH: a mask is found first, from cached statistics, then attention is sparse.
+    SPARSE: attention under the mask at hand.
+    """
+
+    DENSE = "dense"
+    SEARCH = "search"
+    REFRESH = "refresh"
+    SPARSE = "sparse"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoising step as one CFG branch of one model sees it.
+
+    Attributes:
+        index: Denoising step, 0-based. Counts distinct timesteps, not calls.
+        total: Steps of this generation, or None where nothing tells.
+        progress: How far the noise level has fallen, 0 at the first timestep to 1 at zero noise.
+        branch: CFG branch, e.g. ``"cond"``; a second call at one timestep gets a suffix.
+        generation: Number of the generation since the model was bound.
+    """
+
+    index: int
+    total: int | None
+    progress: float
+    branch: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Dense warm-up, then sparse attention with a mask that is searched at a few steps.
+
+    Attributes:
+        search: When masks are searched: step counts (int) or shares of all steps (float in
+            [0, 1]), ascending. The first one ends the warm-up: with ``10`` the steps 0 to 9 are
+            dense and the mask is found in step 9. A later one, ``30``, refreshes the mask in step
+            29 before that step's attention. ``0`` means no warm-up: the first step, dense,
+            searches.
+
+    Raises:
+        ValueError: If ``search`` is empty, not ascending, negative, or a share exceeds 1.
+
+    Source: AdaSpa (arXiv 2502.21079), section 4.3, its T_s; shares scale the paper's 10 and 30 of
+    50 steps to other step counts.
+    """
+
+    search: tuple[int | float, ...] = (0.2, 0.6)
+
+    def __post_init__(self) -> None:
+        if not self.search:
+            raise ValueError("search must name at least one step or share of the steps, got ()")
+        for point in self.search:
+            if isinstance(point, bool) or not isinstance(point, int | float):
+                raise ValueError(f"a search step must be an int or a float, got {point!r}")
+            # Written so that NaN is refused too.
+            if not point >= 0 or (isinstance(point, float) and point > 1):
+                raise ValueError(
+                    f"a search step must be an int >= 0 or a share in [0, 1], got {point}"
+                )
+        if len({type(point) for point in self.search}) > 1:
+            raise ValueError(f"search must hold either ints or shares, got {self.search}")
+        if list(self.search) != sorted(set(self.search)):
+            raise ValueError(f"search must ascend without repeats, got {self.search}")
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """The 0-based steps in which a mask is searched in a run of ``total`` steps."""
+        counts = [round(p * total) if isinstance(p, float) else p for p in self.search]
+        # In very short runs several shares meet in one step.
+        return tuple(sorted({max(count - 1, 0) for count in counts}))
+
+    def phase(self, step: Step, has_mask: bool) -> Phase:
+        """What to do at ``step``.
+
+        Args:
+            step: Where the generation stands.
+            has_mask: Whether this layer and branch hold a mask from this generation. Without one a
+                sparse step becomes a search: a step cache may have skipped the call that would
+                have searched, and image-to-video runs may start in the middle.
+        """
+        if step.total is None and isinstance(self.search[0], float):
+            return self._phase_by_noise(step, has_mask)
+        searches = self.steps(step.total or 0)
+        if step.index < searches[0]:
+            return Phase.DENSE
+        if not has_mask or step.index == searches[0]:
+            return Phase.SEARCH
+        return Phase.REFRESH if step.index in searches[1:] else Phase.SPARSE
+
+    def _phase_by_noise(self, step: Step, has_mask: bool) -> Phase:
+        # Nobody told the number of steps, so shares are read on the noise scale instead. Only the
+        # first search can be placed this way: a refresh would need to know the step it falls into.
+        if step.progress < self.search[0]:
+            return Phase.DENSE
+        return Phase.SPARSE if has_mask else Phase.SEARCH
+
+
+def phases(schedule: Schedule, total: int) -> Sequence[Phase]:
+    """The phases of a whole run of ``total`` steps in which no call is skipped."""
+    result: list[Phase] = []
+    has_mask = False
+    for index in range(total):
+        step = Step(index, total, index / total, "cond", 0)
+        result.append(schedule.phase(step, has_mask))
+        has_mask = has_mask or result[-1] is not Phase.DENSE
+    return result
