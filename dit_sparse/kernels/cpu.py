@@ -92,7 +92,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 def _dense(
     q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, scale: float
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Any, Tensor]:
     """Attention of independent items.
 
     Args:
