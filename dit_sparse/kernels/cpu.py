@@ -191,7 +191,7 @@ def _sparse(call: AttentionCall, mask: BlockMask) -> tuple[Tensor | None, Tensor
     runs = list(_chunks(kept.tolist(), block_bytes))
     # Written anew by every run: fresh memory would cost as much in page faults as the copy does.
     most = max((longest * (run.stop - run.start) for run, longest in runs), default=0)
-    scratch = [None if x is None else x.new_empty(most, width * dim) for x in (k, v)]
+    scratch: list[Any] = [None if x is None else x.new_empty(most, width * dim) for x in (k, v)]
     for run, longest in runs:
         i, r = item[run], row[run]
         listed = indices[..., :longest][i // heads, i % heads, r].long()  # [run, longest]
