@@ -15,12 +15,19 @@ def list_methods() -> dict[str, type[Method]]:
     """All methods by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {kind.name: kind for kind in _leaves(Method)}  # type: ignore[type-abstract]
+    found: dict[str, type[Method]] = {}
+    for kind in _concrete(Method):  # type: ignore[type-abstract]
+        if found.setdefault(kind.name, kind) is not kind:
+            raise TypeError(
+                f"{kind.__qualname__} and {found[kind.name].__qualname__} are both called "
+                f"{kind.name!r}; give each method its own name"
+            )
+    return found
 
 
-def _leaves(kind: type[Method]) -> list[type[Method]]:
-    children = kind.__subclasses__()
-    return [leaf for child in children for leaf in _leaves(child)] if children else [kind]
+def _concrete(kind: type[Method]) -> list[type[Method]]:
+    below = [leaf for child in kind.__subclasses__() for leaf in _concrete(child)]
+    return below if getattr(kind, "__abstractmethods__", None) else [kind, *below]
 
 
 def method_class(name: str) -> type[Method]:
