@@ -6,7 +6,8 @@ Example:
 
 A run is a list of stages, each limited by wall-clock seconds, so that it fits a machine that is
 only available for a known time. `--resume` goes on from the last checkpoint: inside an unfinished
-list of the same stages, otherwise with a new list on top of the trained weights.
+list of the same stages, otherwise with a new list on top of the trained weights. `--init` starts
+from an exported pipeline folder, such as the shipped one, with fresh optimisers.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import copy
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -55,15 +57,33 @@ class Clips(Protocol):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Clips of one size.
+
+    Attributes:
+        size: Frames, height and width.
+        batch: Clips a step.
+        weight: Share of the stage's steps, relative to its other shapes.
+    """
+
+    size: tuple[int, int, int]
+    batch: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One stage: codec training, or denoiser training at one clip size."""
+    """One stage: training of the whole codec, of its decoder alone, or of the denoiser.
+
+    A denoiser stage with several shapes draws one of them for every step, so that no clip size is
+    forgotten while another is learned.
+    """
 
     spec: str
     seconds: float
-    size: tuple[int, int, int]
-    batch: int
+    shapes: tuple[Shape, ...]
     lr_scale: float = 1.0
-    codec: bool = False
+    trains: Literal["codec", "decoder", "denoiser"] = "denoiser"
 
 
 @dataclass
@@ -74,6 +94,7 @@ class TrainConfig:
     stages: str
     max_steps: int | None = None
     resume: bool = False
+    init: Path | None = None
     export: Path | None = None
     optimizer: str = "adamw"
     lr: float = 1e-3
@@ -111,28 +132,55 @@ def parse_size(text: str) -> tuple[int, int, int]:
 
 
 def parse_stages(text: str, config: TrainConfig) -> list[Stage]:
-    """Parses `codec:SECONDS` and `FxHxW:BATCH:SECONDS[:LRSCALE]`, separated by commas."""
+    """Parses comma-separated stages.
+
+    `codec:SECONDS`, `decoder:SECONDS`, or `FxHxW:BATCH[*WEIGHT]`, of which several may be joined by
+    `+`, followed by `:SECONDS[:LRSCALE]`.
+    """
     stages = []
     for spec in (part.strip() for part in text.split(",")):
-        head, *rest = spec.split(":")
         try:
-            numbers = [float(value) for value in rest]
-            if not numbers or not all(math.isfinite(n) and n > 0 for n in numbers):
-                raise ValueError
-            if head == "codec" and len(numbers) == 1:
-                stage = Stage(spec, numbers[0], config.codec_size, config.codec_batch, codec=True)
-            elif head != "codec" and len(numbers) in (2, 3) and numbers[0] == int(numbers[0]):
-                stage = Stage(spec, numbers[1], parse_size(head), int(numbers[0]), *numbers[2:])
-            else:
-                raise ValueError
+            stages.append(_parse_stage(spec, config))
         except ValueError as error:
             detail = f" ({error})" if str(error) else ""
             raise ValueError(
-                "expected stages codec:SECONDS or FxHxW:BATCH:SECONDS[:LRSCALE], "
-                f"got {spec!r}{detail}; for example codec:90,16x128x128:96:420"
+                "expected stages codec:SECONDS, decoder:SECONDS or "
+                f"FxHxW:BATCH[*WEIGHT][+...]:SECONDS[:LRSCALE], got {spec!r}{detail}; for example "
+                "codec:90,16x128x128:96*2+16x256x256:24:420"
             ) from None
-        stages.append(stage)
     return stages
+
+
+def _parse_stage(spec: str, config: TrainConfig) -> Stage:
+    *first, last = spec.split("+")
+    size, *numbers = last.split(":")
+    if size in ("codec", "decoder"):
+        (seconds,) = (_positive(number) for number in numbers)
+        shape = Shape(config.codec_size, config.codec_batch)
+        if first:
+            raise ValueError
+        return Stage(spec, seconds, (shape,), trains="codec" if size == "codec" else "decoder")
+    batch, *timing = numbers
+    if len(timing) not in (1, 2):
+        raise ValueError
+    seconds, *scale = (_positive(number) for number in timing)
+    shapes = tuple(_parse_shape(text) for text in (*first, f"{size}:{batch}"))
+    return Stage(spec, seconds, shapes, *scale)
+
+
+def _parse_shape(text: str) -> Shape:
+    size, batch = text.split(":")
+    count, *weight = batch.split("*", 1)
+    if _positive(count) != int(count):
+        raise ValueError
+    return Shape(parse_size(size), int(count), *(_positive(number) for number in weight))
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError
+    return number
 
 
 def sample_sigmas(
@@ -249,6 +297,10 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
+            # On Hopper cuDNN's attention is nearly twice as fast as the flash kernel that torch
+            # prefers by default; torch falls back to another for shapes that cuDNN refuses.
+            if torch.cuda.get_device_capability(self.device) >= (9, 0):
+                torch.backends.cuda.enable_flash_sdp(False)
         self.codec = PatchCodec().to(self.device)
         if self.cuda:
             self.codec.to(memory_format=torch.channels_last)
@@ -272,6 +324,9 @@ class Trainer:
         # The velocity has mean zero: start from that prediction.
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
+        self.codec_trained = False
+        if config.init is not None:
+            self._load_pipeline(config.init)
         self.ema_transformer = self._frozen_copy(self.transformer)
         self.ema_text_encoder = self._frozen_copy(self.text_encoder)
 
@@ -280,7 +335,6 @@ class Trainer:
         self.stages_done = 0
         self.stage_elapsed = 0.0
         self.stage_steps = 0
-        self.codec_trained = False
         self.history: list[dict[str, Any]] = []
         self.validation: list[dict[str, Any]] = []
         self.seconds_before = 0.0
@@ -294,6 +348,21 @@ class Trainer:
         self._compiled = False
 
     # ---------------------------------------------------------------- set-up
+
+    def _load_pipeline(self, folder: Path) -> None:
+        """Starts from the weights of an exported pipeline."""
+        if self.config.resume:
+            raise ValueError("expected either --init or --resume, got both; drop one")
+        pipe = EmojiVideoPipeline.from_pretrained(str(folder))
+        words = list(self.text_encoder.config.words)
+        if list(pipe.text_encoder.config.words) != words:
+            raise ValueError(
+                f"expected the vocabulary of the captions ({len(words)} words) in {folder}, got "
+                "another one; export the model again with this code"
+            )
+        for name in ("transformer", "text_encoder", "codec"):
+            getattr(self, name).load_state_dict(getattr(pipe, name).state_dict())
+        self.codec_trained = True
 
     @staticmethod
     def _frozen_copy(module: nn.Module) -> nn.Module:
@@ -448,7 +517,7 @@ class Trainer:
         )
         for index in range(self.stages_done, len(self.plan)):
             stage = self.plan[index]
-            if stage.codec:
+            if stage.trains != "denoiser":
                 self.train_codec(stage)
             else:
                 self.train_denoiser(stage, final=index == len(self.plan) - 1)
@@ -496,16 +565,30 @@ class Trainer:
         )
 
     def train_codec(self, stage: Stage) -> None:
-        """Trains the codec by reconstruction, then freezes it and measures the normalisation."""
-        if self.step > 0:
+        """Trains the codec by reconstruction and freezes it.
+
+        A `codec` stage trains all of it and measures the normalisation; a `decoder` stage keeps the
+        latents, on which the denoiser depends, as they are.
+        """
+        whole = stage.trains == "codec"
+        if whole and (self.step > 0 or self.codec_trained):
             raise ValueError(
-                "expected codec stages before all denoiser stages, got a codec stage after "
-                f"{self.step} denoiser steps; remove it, the denoiser depends on its latents"
+                "expected codec stages before all denoiser stages, got one for a codec that a "
+                "denoiser depends on; use decoder:SECONDS, which keeps the latents"
             )
-        codec = self.codec.train().requires_grad_(True)
-        codec.latent_mean.zero_()
-        codec.latent_std.fill_(1.0)
-        parameters = list(codec.parameters())
+        if not whole and not self.codec_trained:
+            raise ValueError(
+                f"expected a trained codec before {stage.spec!r}, got none; start the stages with "
+                "codec:90 or use --init"
+            )
+        codec = self.codec.train()
+        if whole:
+            codec.latent_mean.zero_()
+            codec.latent_std.fill_(1.0)
+        parameters = list(codec.parameters()) if whole else codec.decoder_parameters()
+        codec.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self.config.codec_lr,
@@ -518,10 +601,11 @@ class Trainer:
         meter = Meter(self.device)
         running = torch.zeros((), device=self.device)
         since = 0
+        (shape,) = stage.shapes
         bar = self._bar(stage, clock)
         while not clock.done:
             begin = meter.mark()
-            video, _ = self.clips.sample(stage.batch, *stage.size, generator=self.generator)
+            video, _ = self.clips.sample(shape.batch, *shape.size, generator=self.generator)
             data_end = meter.mark()
             fraction = clock.fraction
             ramp = min(1.0, (clock.steps + 1) / 100)
@@ -550,7 +634,7 @@ class Trainer:
             running += reconstruction.detach()
             clock.steps += 1
             since += 1
-            meter.add(begin, data_end, meter.mark(), stage.batch)
+            meter.add(begin, data_end, meter.mark(), shape.batch)
             if clock.steps % LOG_EVERY == 0 or clock.done:
                 value = running.item() / since
                 running.zero_()
@@ -561,18 +645,19 @@ class Trainer:
                 bar.refresh()
         bar.close()
         codec.eval().requires_grad_(False)
-        self._normalise_codec(stage)
+        if whole:
+            self._normalise_codec(shape)
         self.codec_trained = True
-        psnr = self.codec_psnr(stage.size)
+        psnr = self.codec_psnr(shape.size)
         self.validation.append({"stage": stage.spec, "steps": clock.steps, "psnr": psnr})
         tqdm.write(f"codec: {clock.steps} steps, PSNR {psnr:.2f} dB")
 
     @torch.no_grad()
-    def _normalise_codec(self, stage: Stage) -> None:
+    def _normalise_codec(self, shape: Shape) -> None:
         total = torch.zeros(2, self.codec.config.latent_channels, device=self.device)
         rounds = 8
         for _ in range(rounds):
-            video, _ = self.clips.sample(stage.batch, *stage.size, generator=self.generator)
+            video, _ = self.clips.sample(shape.batch, *shape.size, generator=self.generator)
             with self._autocast():
                 latents = self.codec.encode_raw(video)
             latents = latents.float()
@@ -617,7 +702,7 @@ class Trainer:
         return F.mse_loss(velocity.float(), noise - x0)
 
     def train_denoiser(self, stage: Stage, final: bool) -> None:
-        """Trains the denoiser and the text encoder at one clip size."""
+        """Trains the denoiser and the text encoder at the stage's clip sizes."""
         if not self.codec_trained:
             raise ValueError(
                 f"expected a codec stage before {stage.spec!r}, got none; start the stages with "
@@ -633,10 +718,14 @@ class Trainer:
         running = torch.zeros((), device=self.device)
         since = 0
         saved_at = time.monotonic()
+        weights = [shape.weight for shape in stage.shapes]
         bar = self._bar(stage, clock)
         while not clock.done:
+            # Seeded by the step, so that a resumed stage draws on.
+            drawn = random.Random(self.config.seed + self.step)
+            (shape,) = drawn.choices(stage.shapes, weights)
             begin = meter.mark()
-            video, captions = self.clips.sample(stage.batch, *stage.size, generator=self.generator)
+            video, captions = self.clips.sample(shape.batch, *shape.size, generator=self.generator)
             ids = self.text_encoder.tokenize_batch(captions).to(self.device, non_blocking=True)
             data_end = meter.mark()
             lr = self._lr(stage, clock.fraction, final)
@@ -657,7 +746,7 @@ class Trainer:
             running += loss.detach()
             since += 1
             clock.steps += 1
-            meter.add(begin, data_end, meter.mark(), stage.batch)
+            meter.add(begin, data_end, meter.mark(), shape.batch)
             if clock.steps % LOG_EVERY == 0 or clock.done:
                 value = running.item() / since
                 running.zero_()
@@ -670,9 +759,12 @@ class Trainer:
                     self.save()
                     saved_at = time.monotonic()
         bar.close()
-        value = self.validate(stage.size)
-        self.validation.append({"stage": stage.spec, "step": self.step, "loss": value})
-        tqdm.write(f"{stage.spec}: step {self.step}, validation loss (EMA) {value:.5f}")
+        for shape in stage.shapes:
+            value = self.validate(shape.size)
+            size = "x".join(map(str, shape.size))
+            row = {"stage": stage.spec, "size": size, "step": self.step, "loss": value}
+            self.validation.append(row)
+            tqdm.write(f"{size}: step {self.step}, validation loss (EMA) {value:.5f}")
 
     @torch.no_grad()
     def validate(self, size: tuple[int, int, int]) -> float:
@@ -770,10 +862,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--stages",
         default="codec:90,16x128x128:96:420",
-        help="codec:SECONDS and FxHxW:BATCH:SECONDS[:LRSCALE], comma-separated",
+        help="codec:SECONDS, decoder:SECONDS and FxHxW:BATCH[*WEIGHT][+...]:SECONDS[:LRSCALE], "
+        "comma-separated",
     )
     add("--max-steps", type=int, default=None, help="also end each stage after so many steps")
     add("--resume", action="store_true", help="go on from OUTPUT/state.pt")
+    add("--init", type=Path, default=None, help="start from an exported pipeline folder")
     add("--export", type=Path, default=None, help="write the EMA weights as a pipeline folder")
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--lr", type=float, default=1e-3)

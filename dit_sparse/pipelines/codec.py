@@ -148,6 +148,19 @@ class PatchCodec(ModelMixin, ConfigMixin):
         x = self.refine2(F.silu(x + self.refine1(F.silu(x))))
         return x.unflatten(0, (batch, frames * TEMPORAL_STRIDE)).transpose(1, 2)
 
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters that latents do not depend on."""
+        parts = (
+            self.from_latent,
+            self.decoder_block,
+            self.up,
+            self.decoder_mid,
+            self.unpatchify,
+            self.refine1,
+            self.refine2,
+        )
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def _check_latents(self, latents: torch.Tensor) -> None:
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[1] != channels:

@@ -14,6 +14,7 @@ from dit_sparse.pipelines.embedded import load_embedded
 from training.contact_sheet import contact_sheet
 from training.train import (
     Clock,
+    Shape,
     Stage,
     TrainConfig,
     Trainer,
@@ -143,6 +144,53 @@ def test_codec_stage_order_is_checked(tmp_path: Path) -> None:
         trainer(config(tmp_path, stages="4x16x16:4:60")).run()
     with pytest.raises(ValueError, match="expected codec stages before all denoiser stages"):
         trainer(config(tmp_path, stages=f"{STAGES},codec:60")).run()
+    with pytest.raises(ValueError, match="expected a trained codec before 'decoder:60'"):
+        trainer(config(tmp_path, stages="decoder:60")).run()
+
+
+def test_decoder_stage_keeps_the_latents(tmp_path: Path) -> None:
+    run = trainer(config(tmp_path, stages=f"{STAGES},decoder:60"))
+    video, _ = SquareClips().sample(2, 2, 16, 16)
+    run.train_codec(run.plan[0])
+    latents, decoded = run.codec.encode(video), run.codec(video)
+    run.train_codec(run.plan[2])
+    assert torch.equal(run.codec.encode(video), latents)
+    assert not torch.equal(run.codec(video), decoded)
+    assert not any(p.requires_grad for p in run.codec.parameters())
+
+
+def test_a_stage_draws_its_shapes_by_weight(tmp_path: Path) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    class Counted(SquareClips):
+        def sample(self, batch: int, *size: int, **rest: torch.Generator | None):
+            sizes.append((batch, *size))
+            return super().sample(batch, *size, **rest)
+
+    options = config(tmp_path, stages="codec:60,4x16x16:2*3+2x24x16:1:60", validation_clips=1)
+    run = Trainer(options, Counted(), WORDS, 4)
+    run.train_codec(run.plan[0])
+    sizes.clear()
+    run.config.max_steps = 40
+    run.train_denoiser(run.plan[1], final=True)
+    drawn = sizes[:40]
+    assert set(drawn) == {(2, 4, 16, 16), (1, 2, 24, 16)}
+    assert 20 <= drawn.count((2, 4, 16, 16)) <= 38
+    assert [row["size"] for row in run.validation[-2:]] == ["4x16x16", "2x24x16"]
+
+
+def test_init_starts_from_an_exported_model(tmp_path: Path) -> None:
+    first = trainer(config(tmp_path / "a", export=tmp_path / "model"))
+    first.run()
+    second = trainer(config(tmp_path / "b", init=tmp_path / "model", stages="4x16x16:4:60"))
+    assert second.step == 0
+    expected = first.ema_transformer.proj_out.weight.to(torch.bfloat16).float()
+    for model in (second.transformer, second.ema_transformer):
+        torch.testing.assert_close(model.proj_out.weight, expected)
+    second.run()
+    assert second.step == 3
+    with pytest.raises(ValueError, match="either --init or --resume"):
+        trainer(config(tmp_path / "b", init=tmp_path / "model", resume=True))
 
 
 def test_resume_without_checkpoint_is_an_error(tmp_path: Path) -> None:
@@ -152,20 +200,35 @@ def test_resume_without_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_stage_syntax(tmp_path: Path) -> None:
     options = config(tmp_path)
-    codec, video = parse_stages("codec:90, 16x128x64:96:420:0.5", options)
-    assert codec.codec
-    assert codec.seconds == 90
-    assert (video.size, video.batch, video.seconds, video.lr_scale) == (
-        (16, 128, 64), 96, 420, 0.5,
-    )  # fmt: skip
-    for bad in ("codec", "16x128:96:420", "16x128x130:96:4", "16x128x128:96", "16x128x128:1.5:9"):
-        with pytest.raises(ValueError, match="expected stages codec:SECONDS or FxHxW"):
+    codec, decoder, video = parse_stages(
+        "codec:90, decoder:30,16x128x64:96*2+8x16x16:4:420:0.5", options
+    )
+    assert (codec.trains, codec.seconds) == ("codec", 90)
+    assert (decoder.trains, decoder.seconds) == ("decoder", 30)
+    assert video == Stage(
+        "16x128x64:96*2+8x16x16:4:420:0.5",
+        420,
+        (Shape((16, 128, 64), 96, 2.0), Shape((8, 16, 16), 4)),
+        0.5,
+    )
+    for bad in (
+        "codec:90:1",
+        "16x128x128:96+codec:9",
+        "16x128x128:96*0:9",
+        "16x128x128:96:nan",
+        "codec",
+        "16x128:96:420",
+        "16x128x130:96:4",
+        "16x128x128:96",
+        "16x128x128:1.5:9",
+    ):
+        with pytest.raises(ValueError, match="expected stages codec:SECONDS, decoder:SECONDS or"):
             parse_stages(bad, options)
 
 
 def test_learning_rate_schedule(tmp_path: Path) -> None:
     run = trainer(config(tmp_path, warmup=10, lr=1.0))
-    stage = Stage("s", 1.0, (4, 16, 16), 1, lr_scale=0.5)
+    stage = Stage("s", 1.0, (Shape((4, 16, 16), 1),), lr_scale=0.5)
     assert run._lr(stage, 0.0, final=True) == pytest.approx(0.05)
     run.step = 100
     assert run._lr(stage, 0.7, final=True) == pytest.approx(0.5)
