@@ -1,6 +1,6 @@
 """A small learned video codec: 2x8x8-stride latents with 48 channels.
 
-The codec is the counterpart of a video VAE. It is deterministic and tiny (about 0.4 M parameters)
+The codec is the counterpart of a video VAE. It is deterministic and tiny (about 0.6 M parameters)
 because the clips it serves are synthetic; what matters is that the latents are smooth enough for a
 diffusion transformer, and that every convolution is local in time and space, so that one set of
 weights serves any clip length and size.
@@ -87,8 +87,10 @@ class PatchCodec(ModelMixin, ConfigMixin):
 
         self.from_latent = nn.Conv2d(latent_channels, hidden_channels, 1)
         self.decoder_block = SpaceTimeBlock(hidden_channels)
+        self.decoder_block2 = SpaceTimeBlock(hidden_channels)
         self.up = nn.Conv2d(hidden_channels, 2 * 4 * mid_channels, 1)
         self.decoder_mid = SpatialBlock(mid_channels)
+        self.decoder_mid2 = SpatialBlock(mid_channels)
         self.unpatchify = nn.Conv2d(mid_channels, 16 * refine_channels, 1)
         self.refine1 = nn.Conv2d(refine_channels, refine_channels, 3, padding=1)
         self.refine2 = nn.Conv2d(refine_channels, 3, 3, padding=1)
@@ -141,9 +143,10 @@ class PatchCodec(ModelMixin, ConfigMixin):
         batch, _, frames, _, _ = latents.shape
         x = latents.transpose(1, 2).flatten(0, 1)
         x = self.decoder_block(self.from_latent(x), frames)
+        x = self.decoder_block2(x, frames)
         x = F.pixel_shuffle(self.up(F.silu(x)), 2)
         x = x.unflatten(1, (TEMPORAL_STRIDE, -1)).flatten(0, 1)
-        x = self.decoder_mid(x)
+        x = self.decoder_mid2(self.decoder_mid(x))
         x = F.pixel_shuffle(self.unpatchify(F.silu(x)), 4)
         x = self.refine2(F.silu(x + self.refine1(F.silu(x))))
         return x.unflatten(0, (batch, frames * TEMPORAL_STRIDE)).transpose(1, 2)
@@ -153,8 +156,10 @@ class PatchCodec(ModelMixin, ConfigMixin):
         parts = (
             self.from_latent,
             self.decoder_block,
+            self.decoder_block2,
             self.up,
             self.decoder_mid,
+            self.decoder_mid2,
             self.unpatchify,
             self.refine1,
             self.refine2,

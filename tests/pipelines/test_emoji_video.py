@@ -59,7 +59,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_codec_shapes_and_budget() -> None:
     codec = PatchCodec()
-    assert sum(p.numel() for p in codec.parameters()) <= 450_000
+    assert sum(p.numel() for p in codec.parameters()) <= 600_000
     with torch.no_grad():
         latents = codec.encode(torch.rand(2, 3, 6, 16, 24) * 2 - 1)
         assert latents.shape == (2, 48, 3, 2, 3)
