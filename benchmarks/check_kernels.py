@@ -217,7 +217,7 @@ def check_attention(case: Case, dtype: torch.dtype, device: str, path: str) -> l
         keep = keep & x.mask.tokens()
     if x.key_valid is not None:
         keep = keep & x.key_valid[:, None, None]
-    truth, truth_lse = _exact(x)
+    truth, truth_lse, _ = _exact(x)
     live = keep.any(-1)
     truth, mine = truth.transpose(1, 2)[live], found.out.transpose(1, 2)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)[live]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dit_sparse.mask import BlockMask, block_count, block_sizes
+from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
 
 
 @st.composite
@@ -35,6 +35,29 @@ def test_round_trip_and_density(made: tuple[torch.Tensor, BlockMask]) -> None:
     torch.testing.assert_close(mask.head_density(), exact)
     assert mask.density() == pytest.approx(float(tokens.double().mean()), abs=1e-6)
     assert torch.equal((~mask).tokens(), ~tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks())
+def test_packed_round_trip(made: tuple[torch.Tensor, BlockMask]) -> None:
+    keep, mask = made
+    packed = mask.pack()
+    assert packed.shape == mask.shape
+    assert packed.bits.shape[-1] == -(-keep.shape[-1] // 8)
+    assert torch.equal(packed.dense(), keep)
+    torch.testing.assert_close(packed.head_density, mask.head_density())
+    longest = max(1, int(keep.sum(-1).max()))
+    packed = PackedMask.from_dense(keep, mask.block, mask.seq, longest)
+    lists = packed.lists()
+    assert lists.kv_indices.shape[-1] == longest
+    assert lists.bits is packed.bits
+    assert torch.equal(lists.dense(), keep)
+
+
+def test_packed_bits_are_little_endian() -> None:
+    keep = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
+    keep[..., [0, 3, 9]] = True
+    assert PackedMask.from_dense(keep, 4, (3, 40)).bits.flatten().tolist() == [0b1001, 0b10]
 
 
 @settings(max_examples=30, deadline=None)

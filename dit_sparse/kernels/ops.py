@@ -11,14 +11,15 @@ import abc
 import importlib
 import logging
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_sparse.mask import BlockMask
+from dit_sparse.kernels.summary import BlockSummary, add_skipped
+from dit_sparse.mask import BlockMask, PackedMask, block_count
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,14 @@ class Attended(NamedTuple):
     Attributes:
         out: ``[batch, q_len, heads, dim]`` in the queries' dtype; 0 where no key was kept.
         lse: Log of the softmax denominator, ``[batch, heads, q_len]`` fp32 (fp64 for fp64 input),
-            natural logarithm, scale included; ``-inf`` where no key was kept.
+            natural logarithm, scale included; ``-inf`` where no key was kept. With a summary of
+            skipped blocks their share is included.
+        lse_kept: With a summary: the same over the kept keys alone. Else None.
     """
 
     out: Tensor
     lse: Tensor
+    lse_kept: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +57,24 @@ class AttentionCall:
     mask: BlockMask | None
     key_valid: Tensor | None
     scale: float
+    summary: BlockSummary | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SummarizeCall:
+    """A validated call of :func:`summarize`; ``blocks`` is how many blocks count."""
+
+    k: Tensor
+    v: Tensor
+    block: int
+    blocks: int
+    first_order: bool
+    key_valid: Tensor | None
+
+    @property
+    def q(self) -> Tensor:
+        """What messages describe a call by."""
+        return self.k
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,14 +93,17 @@ class Impl(abc.ABC):
     """One way to compute one operation. A file in this package that defines one is found.
 
     Attributes:
-        op: ``"attention"``, ``"row_lse"`` or ``"block_mass"``.
+        op: ``"attention"``, ``"row_lse"``, ``"block_mass"`` or ``"summarize"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
         rank: Preference of ``impl="auto"``; higher wins.
+        summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
+            given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
     """
 
     op: ClassVar[str]
     name: ClassVar[str]
     rank: ClassVar[int]
+    summaries: ClassVar[bool] = False
 
     @abc.abstractmethod
     def reasons(self, call: Any) -> list[str]:
@@ -140,7 +165,9 @@ def check_impl(impl: str) -> None:
     raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
 
 
-def select(op: str, call: AttentionCall | BlockMassCall, impl: str = "auto") -> Impl:
+def select(
+    op: str, call: AttentionCall | BlockMassCall | SummarizeCall, impl: str = "auto"
+) -> Impl:
     """The implementation that computes ``call``.
 
     Raises:
@@ -169,8 +196,9 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask | None = None,
+    mask: BlockMask | PackedMask | None = None,
     *,
+    summary: BlockSummary | None = None,
     key_valid: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -178,29 +206,76 @@ def attention(
     """Softmax attention over the blocks that ``mask`` keeps, with its log-sum-exp.
 
     ``out_i = sum_j exp(s_ij - lse_i) v_j`` and ``lse_i = log sum_j exp(s_ij)`` over the kept,
-    valid keys j, with ``s_ij = scale * q_i . k_j``.
+    valid keys j, with ``s_ij = scale * q_i . k_j``. Skipped blocks contribute nothing or, with a
+    ``summary``, what :class:`BlockSummary` says, inside the same softmax.
 
     Args:
         q: Queries ``[batch, q_len, heads, dim]``, any strides with a contiguous last dimension.
         k: Keys ``[batch, kv_len, heads, dim]``.
         v: Values ``[batch, kv_len, heads, dim]``.
         mask: Blocks to compute; ``None`` computes all.
+        summary: Of the key blocks of ``mask``, from :func:`summarize`; ``None`` drops what the mask
+            skips.
         key_valid: Keys that exist (not padding), ``[batch, kv_len]`` bool; ``None`` means all.
             Keys and values of padding may hold anything, NaN included.
         scale: Factor on the scores; ``dim ** -0.5`` if None.
         impl: ``"auto"`` or the name of an implementation, which then never falls back.
 
     Returns:
-        ``Attended(out, lse)``; a query whose kept keys are none gives out 0 and lse ``-inf``.
+        ``Attended(out, lse, lse_kept)``; a query that has no key gives out 0 and lse ``-inf``.
 
     Raises:
         ValueError: On a shape, dtype or device mismatch, or an unknown ``impl``.
         Unsupported: If nothing, or not the named implementation, can compute it.
     """
     _check_operands(q, k, v, key_valid)
+    mask = mask.lists() if isinstance(mask, PackedMask) else mask
     _check_mask(mask, q, k)
-    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale))
-    return select("attention", call, impl)(call)
+    if summary is not None:
+        _check_summary(summary, mask, k)
+    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary)
+    chosen = select("attention", call, impl)
+    if summary is None or mask is None or chosen.summaries:
+        return chosen(call)
+    kept = chosen(replace(call, summary=None))
+    out, lse = add_skipped(kept.out, kept.lse, q, mask, summary, call.scale)
+    return Attended(out, lse, kept.lse)
+
+
+def summarize(
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    blocks: int | None = None,
+    first_order: bool = False,
+    key_valid: Tensor | None = None,
+    impl: str = "auto",
+) -> BlockSummary:
+    """Means of all key blocks, and how their keys and values vary together inside them.
+
+    Args:
+        k: Keys ``[batch, kv_len, heads, dim]``.
+        v: Values, same shape.
+        block: Tokens in a key block; the last one may be ragged.
+        blocks: Only the first so many blocks count, e.g. those of the video where text follows;
+            the others are summarised with a count of 0. None means all.
+        first_order: Whether to compute the slope.
+        key_valid: Keys that exist, ``[batch, kv_len]`` bool; only these enter.
+        impl: As in :func:`attention`.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    _check_operands(k, k, v, key_valid)
+    if block < 1:
+        raise ValueError(f"block must be at least 1 token, got {block}")
+    present = block_count(k.shape[1], block)
+    blocks = present if blocks is None else blocks
+    if not 0 <= blocks <= present:
+        raise ValueError(f"blocks must be in 0..{present} for {k.shape[1]} keys, got {blocks}")
+    call = SummarizeCall(k, v, block, blocks, first_order, key_valid)
+    return select("summarize", call, impl)(call)
 
 
 def row_lse(
@@ -342,3 +417,24 @@ def _check_mask(mask: BlockMask | None, q: Tensor, k: Tensor) -> None:
         )
     if mask.device != q.device:
         raise ValueError(f"the mask is on {mask.device}, q on {q.device}: use mask.to(q.device)")
+
+
+def _check_summary(summary: BlockSummary, mask: BlockMask | None, k: Tensor) -> None:
+    if mask is None:
+        raise ValueError("a summary stands for blocks that a mask skips; got a summary and no mask")
+    blocks = (k.shape[0], mask.shape[3])
+    shapes = {
+        "key_mean": (summary.key_mean, (*blocks, *k.shape[2:])),
+        "value_mean": (summary.value_mean, (*blocks, *k.shape[2:])),
+        "count": (summary.count, blocks),
+        "slope": (summary.slope, (k.shape[0], k.shape[2], k.shape[3], k.shape[3])),
+    }
+    for name, (tensor, expected) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected or tensor.device != k.device:
+            raise ValueError(
+                f"the summary's {name} must be {expected} on {k.device} for a mask of "
+                f"{mask.shape[3]} key blocks, got {tuple(tensor.shape)} on {tensor.device}; make "
+                f"it with summarize(k, v, {mask.block[1]})"
+            )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, BlockMassCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, BlockMassCall, Impl, SummarizeCall
+from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import block_count
 
 
@@ -31,30 +32,56 @@ def _seen_keys(call: AttentionCall, batch: int, head: int, row: int) -> Tensor:
     return positions[seen]
 
 
+def _skipped_blocks(call: AttentionCall, batch: int, head: int, row: int) -> list[int]:
+    """Key blocks that query block ``row`` skips and that a summary stands for."""
+    if call.mask is None or call.summary is None:
+        return []
+    keep = call.mask.dense()
+    b, h = batch if keep.shape[0] > 1 else 0, head if keep.shape[1] > 1 else 0
+    return [
+        column
+        for column in range(call.mask.shape[3])
+        if not keep[b, h, row, column] and call.summary.count[batch, column] > 0
+    ]
+
+
 def _attend(call: AttentionCall) -> Attended:
     work = _work_dtype(call.q.dtype)
     batch, q_len, heads, _ = call.q.shape
     out = torch.zeros(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     lse = torch.full((batch, heads, q_len), float("-inf"), dtype=work, device=call.q.device)
+    kept_lse = lse.clone()
     size = call.mask.block[0] if call.mask is not None else q_len
     for b in range(batch):
         for h in range(heads):
             for row in range(block_count(q_len, size)):
                 rows = slice(row * size, min((row + 1) * size, q_len))
                 keys = _seen_keys(call, b, h, row)
-                if len(keys) == 0:
-                    continue
-                scores = call.scale * (call.q[b, rows, h].to(work) @ call.k[b, keys, h].to(work).T)
+                query = call.q[b, rows, h].to(work)
+                scores = call.scale * (query @ call.k[b, keys, h].to(work).T)
+                kept_lse[b, h, rows] = scores.logsumexp(-1)
+                skipped = _skipped_blocks(call, b, h, row)
+                if call.summary is not None:
+                    means = call.summary.key_mean[b, skipped, h].to(work)
+                    log_count = call.summary.count[b, skipped].to(work).log()
+                    scores = torch.cat([scores, call.scale * (query @ means.T) + log_count], 1)
                 lse[b, h, rows] = scores.logsumexp(-1)
-                if call.v is not None:
-                    out[b, rows, h] = (scores.softmax(-1) @ call.v[b, keys, h].to(work)).to(
-                        out.dtype
-                    )
-    return Attended(out, lse)
+                if call.v is None or scores.shape[1] == 0:
+                    continue
+                weights, values = scores.softmax(-1), call.v[b, keys, h].to(work)
+                if call.summary is not None:
+                    values = torch.cat([values, call.summary.value_mean[b, skipped, h].to(work)])
+                result = weights @ values
+                if call.summary is not None and call.summary.slope is not None:
+                    share = weights[:, len(keys) :].sum(-1, keepdim=True)
+                    result += share * call.scale * (query @ call.summary.slope[b, h].to(work))
+                out[b, rows, h] = result.to(out.dtype)
+    return Attended(out, lse, None if call.summary is None else kept_lse)
 
 
 class ReferenceAttention(Impl):
     op, name, rank = "attention", "reference", 0
+    summaries = True
 
     def reasons(self, call: AttentionCall) -> list[str]:
         return []
@@ -98,3 +125,36 @@ class ReferenceBlockMass(Impl):
                         j = slice(c * call.block[1], min((c + 1) * call.block[1], kv_len))
                         mass[b, h, p, c] = weight[:, j].sum()
         return mass
+
+
+class ReferenceSummarize(Impl):
+    op, name, rank = "summarize", "reference", 0
+
+    def reasons(self, call: SummarizeCall) -> list[str]:
+        return []
+
+    def __call__(self, call: SummarizeCall) -> BlockSummary:
+        work = _work_dtype(call.k.dtype)
+        batch, kv_len, heads, dim = call.k.shape
+        columns = block_count(kv_len, call.block)
+        key_mean = torch.zeros(batch, columns, heads, dim, dtype=work, device=call.k.device)
+        value_mean = torch.zeros_like(key_mean)
+        count = torch.zeros(batch, columns, device=call.k.device)
+        slope = torch.zeros(batch, heads, dim, dim, dtype=work, device=call.k.device)
+        for b in range(batch):
+            for c in range(call.blocks):
+                keys = torch.arange(c * call.block, min((c + 1) * call.block, kv_len))
+                if call.key_valid is not None:
+                    keys = keys[call.key_valid[b, keys].cpu()]
+                count[b, c] = len(keys)
+                for h in range(heads if len(keys) else 0):
+                    key, value = call.k[b, keys, h].to(work), call.v[b, keys, h].to(work)
+                    key_mean[b, c, h], value_mean[b, c, h] = key.mean(0), value.mean(0)
+                    slope[b, h] += (key - key_mean[b, c, h]).T @ value
+        slope /= count.to(work).sum(-1).clamp(min=1)[:, None, None, None]
+        return BlockSummary(
+            key_mean.to(call.k.dtype),
+            value_mean.to(call.v.dtype),
+            count,
+            slope if call.first_order else None,
+        )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
-from dit_sparse.mask import BlockMask, block_count, block_sizes
-from dit_sparse.methods.base import Call, Method
+from dit_sparse.layout import TokenLayout
+from dit_sparse.mask import PackedMask, block_count, block_sizes
+from dit_sparse.methods.base import Call, Method, video_blocks
 from dit_sparse.schedule import Phase, Schedule
 
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
@@ -98,35 +98,30 @@ class AdaSpa(Method):
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
-        order = self._order(call)
+        order = call.tile_order(self.tile)
         moved = call.ordered(order)
-        if phase is not Phase.SPARSE:
-            self._search(moved, keep_lse=phase is Phase.REFRESH)
-        mask = call.memory["mask"]
         if phase is Phase.SEARCH:
-            # The output of this step is the model's own; only the search ran on our side.
+            # The output of this step is the model's own; it brings the LSE along.
+            dense = call.dense_with_lse()
+            lse = dense.lse if order is None else order.apply(dense.lse, dim=2)
+            self._search(moved, lse)
             call.record(phase)
-            return call.dense()
+            return dense.out
+        if phase is Phase.REFRESH:
+            self._search(moved, call.memory.get("lse"))
+        mask = call.memory["mask"]
         call.record(phase, mask)
         out = moved.attention(mask).out
         return out if order is None else order.undo(out)
 
-    def _order(self, call: Call) -> Ordering | None:
-        if self.tile is None and call.layout.text == 0:
-            return None
-        # Raster order with text is the order of one-row tiles: video in place, text moved last, so
-        # that video blocks start at a block border wherever the model puts its text.
-        tile = self.tile or (1, 1, call.layout.grid[2])
-        return tile_ordering_on(call.layout, tile, call.q.device)
-
-    def _search(self, call: Call, keep_lse: bool) -> None:
+    def _search(self, call: Call, lse: Tensor | None) -> None:
+        """Finds the mask under row normalisers of this step or of an earlier one."""
         stop = call.search_watch.start(call.q.device)
-        lse = call.memory.get("lse") if keep_lse else None
-        reused = lse is not None
+        cached = lse is not None and call.memory.get("lse") is lse
         if lse is None:
             lse = call.row_lse()
         mass = call.block_mass(lse, self.block)
-        if reused:
+        if cached:
             drift = row_mass_drift(mass, call.layout.tokens, self.block)
             call.memory["drift"] = drift
             # The one read-back, only where the user asked for the guard, once per refresh.
@@ -136,7 +131,8 @@ class AdaSpa(Method):
         if self.lse_cache:
             call.memory["lse"] = lse
         keep = select_blocks(mass, self.sparsity, call.layout, self.block, self.head_adaptive)
-        call.memory["mask"] = BlockMask.from_dense(keep, self.block, call.layout.tokens)
+        longest = longest_row(self.sparsity, call.layout, self.block, self.head_adaptive)
+        call.memory["mask"] = PackedMask.from_dense(keep, self.block, call.layout.tokens, longest)
         stop()
 
 
@@ -155,6 +151,12 @@ def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:
     return (mass.sum(-1) / rows).log().std(-1, unbiased=False)
 
 
+def _outer_levels(sparsity: float) -> tuple[float, float]:
+    """The levels above and below ``sparsity``."""
+    high, low = ((1 + sparsity) / 2, (3 * sparsity - 1) / 2)
+    return (2 * sparsity, 0.0) if low < 0 else (high, low)
+
+
 def head_levels(recall: Tensor, sparsity: float) -> Tensor:
     """Sparsity of every head by its recall, ``[batch, heads]`` fp32; the mean is ``sparsity``.
 
@@ -163,9 +165,7 @@ def head_levels(recall: Tensor, sparsity: float) -> Tensor:
         sparsity: The base level s.
     """
     heads = recall.shape[-1]
-    high, low = ((1 + sparsity) / 2, (3 * sparsity - 1) / 2)
-    if low < 0:
-        high, low = 2 * sparsity, 0.0
+    high, low = _outer_levels(sparsity)
     easy = (recall > EASY_RECALL).sum(-1, keepdim=True).clamp(max=heads // 2)
     # Rank 0 is the highest recall; equal recalls keep head order, so ties are deterministic.
     order = recall.argsort(dim=-1, descending=True, stable=True)
@@ -187,8 +187,7 @@ def select_blocks(
         block: Tokens in a block.
         head_adaptive: Whether heads get one of three sparsities by recall.
     """
-    # Blocks made of video alone; the block in which video ends and text begins counts as text.
-    video = layout.video // block if layout.text else block_count(layout.video, block)
+    video = video_blocks(layout, block)
     order = mass[..., :video, :video].argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(video, device=mass.device).expand_as(order)
@@ -201,6 +200,14 @@ def select_blocks(
     keep = torch.ones(mass.shape, dtype=torch.bool, device=mass.device)
     keep[..., :video, :video] = rank < kept_blocks(budget, video)
     return keep
+
+
+def longest_row(sparsity: float, layout: TokenLayout, block: int, head_adaptive: bool) -> int:
+    """Most key blocks that a video query block keeps; every block where text rows are dense."""
+    if layout.text:
+        return block_count(layout.tokens, block)
+    lowest = _outer_levels(sparsity)[1] if head_adaptive else sparsity
+    return int(kept_blocks(torch.tensor(lowest), video_blocks(layout, block)))
 
 
 def kept_blocks(sparsity: Tensor, blocks: int) -> Tensor:

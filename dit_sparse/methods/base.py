@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
-from dit_sparse.layout import Ordering, TokenLayout
-from dit_sparse.mask import BlockMask
+from dit_sparse.kernels.summary import BlockSummary
+from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
+from dit_sparse.mask import BlockMask, PackedMask, block_count
 from dit_sparse.schedule import Phase, Step
 
 
@@ -67,12 +68,15 @@ class Call:
         layout: What the tokens are.
         step: Where the generation stands.
         layer: Index of the self-attention layer in execution order.
+        layers: Number of self-attention layers of the model.
         key_valid: Keys that are not padding, ``[batch, tokens]`` bool, or None.
         memory: What this method kept for this (generation, branch, layer). Emptied with each new
             generation.
         scale: Factor on the scores, or None for ``dim ** -0.5``.
         impl: Implementation the user asked for.
-        dense_attention: The model's own attention call with the user's own backend.
+        dense_attention: The model's own attention call with the user's own backend. Given True, it
+            also returns the log-sum-exp ``[batch, heads, tokens]`` fp32 of the same kernel run, or
+            None where that backend does not tell it.
     """
 
     q: Tensor
@@ -81,11 +85,12 @@ class Call:
     layout: TokenLayout
     step: Step
     layer: int
+    layers: int
     key_valid: Tensor | None
     memory: dict[str, Any]
     scale: float | None
     impl: str
-    dense_attention: Callable[[], Tensor]
+    dense_attention: Callable[[bool], tuple[Tensor, Tensor | None]]
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
@@ -94,22 +99,69 @@ class Call:
 
     def dense(self) -> Tensor:
         """The output that the model would have computed without us, bit for bit."""
-        return self.dense_attention()
+        return self.dense_attention(False)[0]
+
+    def dense_with_lse(self) -> Attended:
+        """:meth:`dense` and its row log-sum-exp, in one pass where the user's backend tells it.
+
+        Where it does not, a second pass over queries and keys follows.
+        """
+        out, lse = self.dense_attention(True)
+        return Attended(out, self.row_lse() if lse is None else lse)
 
     def ordered(self, order: Ordering | None) -> Call:
-        """This call with its tokens in another order (queries, keys, values, padding)."""
+        """This call with its tokens in another order, text last (queries, keys, values, padding).
+
+        The dense attention stays that of the model, in the model's order.
+        """
         if order is None:
             return self
-        valid = None if self.key_valid is None else order.apply(self.key_valid)
         moved = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
         moved.q, moved.k, moved.v = (order.apply(x) for x in (self.q, self.k, self.v))
-        moved.key_valid = valid
+        moved.key_valid = None if self.key_valid is None else order.apply(self.key_valid)
+        moved.layout = replace(self.layout, order="video_text")
         return moved
 
-    def attention(self, mask: BlockMask | None = None) -> Attended:
+    def tile_order(self, tile: tuple[int, int, int] | None) -> Ordering | None:
+        """The order of the video tokens in tiles, text last; None if the tokens are in it already.
+
+        Args:
+            tile: (frames, height, width) of a tile, or None for raster order.
+        """
+        if tile is None and self.layout.text == 0:
+            return None
+        # Raster order with text is the order of one-row tiles: video in place, text moved last, so
+        # that video blocks start at a block border wherever the model puts its text.
+        return tile_ordering_on(self.layout, tile or (1, 1, self.layout.grid[2]), self.q.device)
+
+    def attention(
+        self, mask: BlockMask | PackedMask | None = None, summary: BlockSummary | None = None
+    ) -> Attended:
         """:func:`dit_sparse.kernels.ops.attention` on this call's tensors."""
         return ops.attention(
-            self.q, self.k, self.v, mask, key_valid=self.key_valid, scale=self.scale, impl=self.impl
+            self.q,
+            self.k,
+            self.v,
+            mask,
+            summary=summary,
+            key_valid=self.key_valid,
+            scale=self.scale,
+            impl=self.impl,
+        )
+
+    def summarize(self, block: int, first_order: bool = False) -> BlockSummary:
+        """:func:`dit_sparse.kernels.ops.summarize` of the blocks made of video alone.
+
+        Expects text last, see :meth:`tile_order`.
+        """
+        return ops.summarize(
+            self.k,
+            self.v,
+            block,
+            blocks=video_blocks(self.layout, block),
+            first_order=first_order,
+            key_valid=self.key_valid,
+            impl=self.impl,
         )
 
     def row_lse(self) -> Tensor:
@@ -124,13 +176,28 @@ class Call:
             self.q, self.k, lse, block, key_valid=self.key_valid, scale=self.scale, impl=self.impl
         )
 
-    def record(self, phase: Phase, mask: BlockMask | None = None) -> None:
+    def record(self, phase: Phase, mask: PackedMask | None = None) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device."""
         self.phase = phase
         if mask is not None:
-            self.head_density = mask.head_density()
-            call = ops.AttentionCall(self.q, self.k, self.v, mask, self.key_valid, 1.0)
-            self.kernel = ops.select("attention", call, self.impl).name
+            self.head_density = mask.head_density
+            self.kernel = ops.select("attention", self._kernel_query(mask), self.impl).name
+
+    def _kernel_query(self, mask: PackedMask) -> ops.AttentionCall:
+        # The choice depends on shapes and types alone: no list is made for the question.
+        shape = (*mask.shape[:3], mask.longest)
+        indices = torch.empty(shape, dtype=torch.int32, device="meta")
+        counts = torch.empty(shape[:3], dtype=torch.int32, device="meta")
+        listed = BlockMask(counts, indices, mask.block, mask.seq)
+        return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0)
+
+
+def video_blocks(layout: TokenLayout, block: int) -> int:
+    """Blocks made of video alone, of tokens ordered video first.
+
+    The block in which video ends and text begins counts as text.
+    """
+    return layout.video // block if layout.text else block_count(layout.video, block)
 
 
 @dataclass(frozen=True)

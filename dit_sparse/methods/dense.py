@@ -45,7 +45,7 @@ class FullMask(Method):
 
     def attend(self, call: Call) -> Tensor:
         full = BlockMask.full(self.block, call.layout.tokens, call.q.device)
-        call.record(Phase.SPARSE, full)
+        call.record(Phase.SPARSE, full.pack())
         keep = full.dense()
         keep[..., 1::2] = False
         even = BlockMask.from_dense(keep, full.block, full.seq)

@@ -13,6 +13,7 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import Tensor, nn
 
 from dit_sparse.config import SparseConfig
+from dit_sparse.kernels.native_lse import native_attention_with_lse
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
@@ -81,11 +82,12 @@ class Site:
             layout=layout,
             step=branch.step,
             layer=self.index,
+            layers=len(binding.sites),
             key_valid=_valid_keys(attn_mask, q, self.name),
             memory=branch.memory.setdefault(self.index, {}),
             scale=scale,
             impl=binding.config.impl,
-            dense_attention=lambda: self._dense(q, k, v, attn_mask, scale),
+            dense_attention=lambda with_lse: self._dense(q, k, v, attn_mask, scale, with_lse),
         )
         method = Dense() if self.index in binding.config.dense_layers else binding.config.method
         stop = run.attention_watch.start(q.device)
@@ -95,12 +97,30 @@ class Site:
         return out
 
     def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
-    ) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention and, if asked for and to be had for free, its row LSE."""
+        from diffusers.models.attention_dispatch import (
+            AttentionBackendName,
+            _AttentionBackendRegistry,
+            dispatch_attention_fn,
+        )
 
-        processor = self.module.processor
-        return dispatch_attention_fn(
+        # Read at each call: set_attention_backend may come before or after us.
+        backend = getattr(self.module.processor, "_attention_backend", None)
+        if with_lse and attn_mask is None:
+            active = backend or _AttentionBackendRegistry.get_active_backend()[0]
+            if active == AttentionBackendName.NATIVE:
+                found = native_attention_with_lse(q, k, v, scale)
+                if found is not None:
+                    return found
+        out = dispatch_attention_fn(
             q,
             k,
             v,
@@ -108,9 +128,9 @@ class Site:
             dropout_p=0.0,
             is_causal=False,
             scale=scale,
-            # Read at each call: set_attention_backend may come before or after us.
-            backend=getattr(processor, "_attention_backend", None),
+            backend=backend,
         )
+        return out, None
 
 
 def _valid_keys(attn_mask: Tensor | None, q: Tensor, name: str) -> Tensor | None:

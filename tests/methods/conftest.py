@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.mask import BlockMask
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call
 from dit_sparse.schedule import Step
 
@@ -62,11 +62,12 @@ class Operands:
             self.layout,
             Step(index, total, index / total, "cond", 0),
             layer=0,
+            layers=1,
             key_valid=self.key_valid,
             memory={} if memory is None else memory,
             scale=None,
             impl="auto",
-            dense_attention=self.attention,
+            dense_attention=lambda with_lse: (self.attention(), None),
         )
 
     def heads(self, index: Tensor) -> Operands:
@@ -74,11 +75,11 @@ class Operands:
         q, k, v = (x[:, :, index] for x in (self.q, self.k, self.v))
         return Operands(q, k, v, self.layout, self.key_valid)
 
-    def kept(self, mask: BlockMask, tile: tuple[int, int, int] | None) -> Tensor:
+    def kept(self, mask: PackedMask, tile: tuple[int, int, int] | None) -> Tensor:
         """The pairs that ``mask`` keeps, tokens in the model's order."""
         tile = tile or (1, 1, self.layout.grid[2])
         inverse = self.layout.ordering(tile).inverse
-        return mask.tokens()[..., inverse, :][..., inverse]
+        return mask.lists().tokens()[..., inverse, :][..., inverse]
 
 
 Make = Callable[..., Operands]
