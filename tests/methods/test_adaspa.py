@@ -522,7 +522,9 @@ def held(make: Any) -> tuple[float, float]:
     assert set(memory) == {"mask", "lse"}
     lse = memory["lse"]
     pairs = block_count(data.layout.tokens, 64) ** 2
-    return lse.numel() * lse.element_size() / data.layout.tokens, memory["mask"].nbytes() / pairs
+    mask = memory["mask"]
+    assert mask.nbytes() == mask.bits.numel() + 4  # the density of the one head
+    return lse.numel() * lse.element_size() / data.layout.tokens, mask.bits.numel() / pairs
 
 
 @pytest.mark.parametrize("model", TABLE)
