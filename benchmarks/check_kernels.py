@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import ops
+from dit_sparse.kernels.summary import BlockSummary
+from dit_sparse.kernels.triton_mask import expand
 from dit_sparse.mask import BlockMask, block_count
 
 
@@ -260,6 +262,119 @@ def check_block_mass(case: Case, dtype: torch.dtype, device: str) -> list[Findin
     return [Finding("mass", _worst(found, truth), 2 * (_worst(eager, truth) + rounding))]
 
 
+def check_summary(case: Case, dtype: torch.dtype, device: str, path: str) -> list[Finding]:
+    """Errors of attention that adds summaries of the blocks it skips; see `check_attention`."""
+    x = build(case, dtype, device)
+    assert x.mask is not None
+    scale, columns = case.dim**-0.5, x.mask.shape[3]
+    rng = torch.Generator().manual_seed(1)
+    shape = (case.batch, columns, case.heads, case.dim)
+    means = [torch.randn(shape, generator=rng).to(device, dtype) for _ in range(2)]
+    count = torch.randint(0, x.mask.block[1] + 1, shape[:2], generator=rng).float().to(device)
+    slope = torch.randn(case.batch, case.heads, case.dim, case.dim, generator=rng).to(device) / 8
+    summary = BlockSummary(*means, count, slope)
+    wide = BlockSummary(*(t.double() for t in means), count, slope.double())
+    call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, scale, summary)
+    with poisoned_memory():
+        if path == "triton":
+            found = ops.attention(
+                x.q, x.k, x.v, x.mask, summary=summary, key_valid=x.key_valid, impl="triton"
+            )
+        else:
+            from dit_sparse.kernels.triton_attention import launch
+
+            found = launch(call, path)
+    truth = ops.attention(
+        x.q.double(), x.k.double(), x.v.double(), x.mask,
+        summary=wide, key_valid=x.key_valid, impl="reference",
+    )  # fmt: skip
+    # The peer: torch's own attention with the means as more keys, and the slope added after.
+    q, k, v = (t.nan_to_num(0.0).transpose(1, 2) for t in (x.q, x.k, x.v))
+    key, value = (t.transpose(1, 2) for t in means)
+    keep = x.mask.tokens()
+    if x.key_valid is not None:
+        keep = keep & x.key_valid[:, None, None]
+    skipped = ~x.mask.dense().repeat_interleave(x.mask.block[0], 2)[:, :, : case.seq[0]]
+    tail = count.log()[:, None, None].where(skipped, float("-inf"))
+    zero = torch.zeros((), device=device)
+    bias = torch.cat([zero.where(keep, float("-inf")).expand(*q.shape[:3], -1),
+                      tail.expand(*q.shape[:3], -1)], -1)  # fmt: skip
+    live = (bias > float("-inf")).any(-1)
+    theirs = F.scaled_dot_product_attention(
+        q, torch.cat([k, key], 2), torch.cat([v, value], 2), attn_mask=bias.to(dtype)
+    )
+    scores = scale * (q.float() @ torch.cat([k, key], 2).float().mT) + bias
+    share = scores.softmax(-1)[..., k.shape[2] :].sum(-1, keepdim=True)
+    theirs = theirs + (share * scale * (q.float() @ slope)).to(dtype)
+    exact, mine = truth.out.transpose(1, 2), found.out.transpose(1, 2)
+    out_budget = 2 * (
+        _worst(theirs[live], exact[live]) + torch.finfo(dtype).eps * float(exact.abs().max())
+    )
+    size = float(scores.masked_fill(scores == float("-inf"), 0.0).abs().max())
+    rounding = torch.finfo(torch.float32).eps * size
+    findings = [
+        Finding("out", _worst(mine[live], exact[live]), out_budget),
+        Finding("empty rows", _worst(mine[~live], torch.zeros_like(mine[~live])), 0.0),
+    ]
+    for name, ours, wanted, peer in (
+        ("lse", found.lse, truth.lse, scores.logsumexp(-1)),
+        ("lse_kept", found.lse_kept, truth.lse_kept, scores[..., : k.shape[2]].logsumexp(-1)),
+    ):
+        findings.append(Finding(name, _worst(ours, wanted), 2 * (_worst(peer, wanted) + rounding)))
+    return findings
+
+
+def check_summarize(case: Case, dtype: torch.dtype, device: str) -> list[Finding]:
+    """Errors of the summaries themselves."""
+    block = case.block[1] if case.block else 64
+    x = build(Case(**{**case.__dict__, "block": None}), dtype, device)
+    blocks = max(1, block_count(case.seq[1], block) - 1)
+    options = {"blocks": blocks, "first_order": True, "key_valid": x.key_valid}
+    with poisoned_memory():
+        found = ops.summarize(x.k, x.v, block, **options, impl="triton")
+    truth = ops.summarize(x.k.double(), x.v.double(), block, **options, impl="reference")
+    findings = [Finding("count", _worst(found.count, truth.count), 0.0)]
+    single, eps = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
+    largest = {n: float(t.float().nan_to_num(0.0).abs().max()) for n, t in (("k", x.k), ("v", x.v))}
+    # Means are summed in fp32 and rounded once to the dtype; the slope's centred keys are rounded
+    # once, and each product is of order of the largest key times the largest value.
+    budgets = {
+        "key_mean": single * largest["k"] + eps * float(truth.key_mean.abs().max()),
+        "value_mean": single * largest["v"] + eps * float(truth.value_mean.abs().max()),
+        "slope": eps * largest["k"] * largest["v"],
+    }
+    for name, budget in budgets.items():
+        error = _worst(getattr(found, name), getattr(truth, name))
+        findings.append(Finding(name, error, 2 * budget))
+    return findings
+
+
+def check_top_blocks(case: Case, device: str) -> list[Finding]:
+    """Differences of the selection from the reference: there may be none, ties included."""
+    block = case.block or (64, 64)
+    rows, columns = (block_count(n, b) for n, b in zip(case.seq, block, strict=True))
+    rng = torch.Generator().manual_seed(0)
+    # Few distinct values, so that ties are everywhere.
+    mass = torch.randint(0, 9, (case.batch, case.heads, rows, columns), generator=rng).float() / 8
+    count = torch.randint(1, columns + 1, (case.batch, case.heads), generator=rng)
+    findings = []
+    for free in (None, max(1, columns - 1)):
+        options = {"block": block, "seq": case.seq, "free": free}
+        with poisoned_memory():
+            found = ops.top_blocks(mass.to(device), count.to(device), **options, impl="triton")
+        truth = ops.top_blocks(mass, count, **options, impl="reference")
+        lists, wanted = expand(found.mask).to("cpu"), truth.mask.lists()
+        findings += [
+            Finding("bits", _worst(found.mask.bits.cpu(), truth.mask.bits), 0.0),
+            Finding("lists", _worst(lists.dense().float(), wanted.dense().float()), 0.0),
+            Finding("mass", _worst(found.kept_mass.cpu(), truth.kept_mass), 1e-6 * columns),
+            Finding(
+                "density", _worst(found.mask.head_density.cpu(), truth.mask.head_density), 1e-6
+            ),
+        ]
+    return findings
+
+
 def check_far_keys(device: str) -> list[Finding]:
     """Keys and values beyond 2**31 elements; about 9 GiB."""
     q_len, kv_len, heads, dim, block = 128, 440_000, 40, 128, 128
@@ -357,7 +472,12 @@ def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: b
             if path == "tma" and tma_refusals(case, dtype, "cuda"):
                 continue
             attempt(f"attention {path} {label}", check_attention, case, dtype, "cuda", path)
+            if case.block is not None:
+                attempt(f"summary {path} {label}", check_summary, case, dtype, "cuda", path)
         attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
+        if case.block is not None:
+            attempt(f"summarize {label}", check_summarize, case, dtype, "cuda")
+            attempt(f"top_blocks {label}", check_top_blocks, case, "cuda")
     if full:
         attempt("attention triton keys past 2**31", check_far_keys, "cuda")
         attempt("attention triton queries past 2**31", check_far_queries, "cuda")

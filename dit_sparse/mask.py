@@ -116,6 +116,10 @@ class BlockMask:
             self.kv_num_blocks.to(device), self.kv_indices.to(device), self.block, self.seq, bits
         )
 
+    def lists(self) -> BlockMask:
+        """Itself; the twin of :meth:`PackedMask.lists`."""
+        return self
+
     def pack(self) -> PackedMask:
         """The same pattern at one bit a block, for keeping."""
         return PackedMask.from_dense(self.dense(), self.block, self.seq)

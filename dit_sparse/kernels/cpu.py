@@ -19,9 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, BlockMassCall, Impl, SummarizeCall
+from dit_sparse.kernels.ops import (
+    Attended,
+    AttentionCall,
+    BlockMassCall,
+    Impl,
+    SummarizeCall,
+    TopBlocks,
+    TopBlocksCall,
+)
 from dit_sparse.kernels.summary import BlockSummary
-from dit_sparse.mask import BlockMask, block_count
+from dit_sparse.mask import BlockMask, PackedMask, block_count
 
 # Measured on two cores with 64-token blocks of 64 channels: 6 and 12 MiB take the same time, 3 MiB
 # loses up to half to the cost of a call, 24 MiB a sixth to cache misses.
@@ -154,7 +162,7 @@ def _chunks(counts: list[int], block_bytes: int) -> Iterator[tuple[slice, int]]:
         start = stop
 
 
-def _sparse(call: AttentionCall, mask: BlockMask) -> tuple[Tensor | None, Tensor]:
+def _sparse(call: AttentionCall, mask: BlockMask | PackedMask) -> tuple[Tensor | None, Tensor]:
     """Attention over the blocks of ``mask``; shapes as in :func:`_dense`, rows padded to blocks."""
     batch, _, heads, dim = call.q.shape
     (size, width), (rows, columns) = mask.block, mask.shape[2:]
@@ -168,8 +176,9 @@ def _sparse(call: AttentionCall, mask: BlockMask) -> tuple[Tensor | None, Tensor
     out: Any = None if v is None else torch.zeros_like(q)
     lse = q.new_full((items, rows, size), float("-inf"))
 
-    counts = mask.kv_num_blocks.expand(batch, heads, rows).reshape(items, rows)
-    indices = mask.kv_indices.expand(batch, heads, rows, -1)
+    lists = mask.lists()
+    counts = lists.kv_num_blocks.expand(batch, heads, rows).reshape(items, rows)
+    indices = lists.kv_indices.expand(batch, heads, rows, -1)
 
     full = counts == columns
     for item in full.any(-1).nonzero()[:, 0].tolist():
@@ -370,3 +379,23 @@ class CpuSummarize(Impl):
             count,
             slope,
         )
+
+
+class CpuTopBlocks(Impl):
+    op, name, rank = "top_blocks", "cpu", 50
+
+    def reasons(self, call: TopBlocksCall) -> list[str]:
+        return _reasons(call.mass)
+
+    def __call__(self, call: TopBlocksCall) -> TopBlocks:
+        free = call.mass[..., : call.free, : call.free]
+        order = free.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(free.shape[-1]).expand_as(order)
+        )
+        chosen = rank < call.count[..., None, None]
+        keep = torch.ones(call.mass.shape, dtype=torch.bool)
+        keep[..., : call.free, : call.free] = chosen
+        kept_mass = call.mass.new_zeros(call.mass.shape[:3])
+        kept_mass[..., : call.free] = free.where(chosen, 0.0).sum(-1)
+        return TopBlocks(PackedMask.from_dense(keep, call.block, call.seq, call.longest), kept_mass)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
-from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class AttentionCall:
     q: Tensor
     k: Tensor
     v: Tensor | None
-    mask: BlockMask | None
+    mask: BlockMask | PackedMask | None
     key_valid: Tensor | None
     scale: float
     summary: BlockSummary | None = None
@@ -71,10 +71,36 @@ class SummarizeCall:
     first_order: bool
     key_valid: Tensor | None
 
-    @property
-    def q(self) -> Tensor:
-        """What messages describe a call by."""
-        return self.k
+
+class TopBlocks(NamedTuple):
+    """What :func:`top_blocks` chose.
+
+    Attributes:
+        mask: The kept blocks.
+        kept_mass: Mass of the chosen blocks of every query block, ``[batch, heads, q_blocks]``;
+            blocks that were kept without choice do not count.
+    """
+
+    mask: PackedMask
+    kept_mass: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopBlocksCall:
+    """A validated call of :func:`top_blocks`."""
+
+    mass: Tensor
+    count: Tensor
+    block: tuple[int, int]
+    seq: tuple[int, int]
+    free: int
+    longest: int
+
+    def packed(self, bits: Tensor, kept_keys: Tensor) -> PackedMask:
+        """The mask of ``bits``, given how many keys each query block keeps."""
+        rows = block_sizes(self.seq[0], self.block[0], bits.device).double()
+        density = (kept_keys.double() @ rows / (self.seq[0] * self.seq[1])).float()
+        return PackedMask(bits, self.longest, density, self.block, self.seq)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +119,7 @@ class Impl(abc.ABC):
     """One way to compute one operation. A file in this package that defines one is found.
 
     Attributes:
-        op: ``"attention"``, ``"row_lse"``, ``"block_mass"`` or ``"summarize"``.
+        op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"`` or ``"top_blocks"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
         rank: Preference of ``impl="auto"``; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
@@ -165,9 +191,16 @@ def check_impl(impl: str) -> None:
     raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
 
 
-def select(
-    op: str, call: AttentionCall | BlockMassCall | SummarizeCall, impl: str = "auto"
-) -> Impl:
+AnyCall = AttentionCall | BlockMassCall | SummarizeCall | TopBlocksCall
+
+
+def _operand(call: AnyCall) -> tuple[str, Tensor]:
+    """The tensor that messages describe a call by, and its name."""
+    name = next(name for name in ("q", "k", "mass") if hasattr(call, name))
+    return name, getattr(call, name)
+
+
+def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     """The implementation that computes ``call``.
 
     Raises:
@@ -175,20 +208,22 @@ def select(
         Unsupported: If the named one, or all of them, refuse; every reason is listed.
     """
     check_impl(impl)
+    operand_name, operand = _operand(call)
     refusals = []
     for candidate in implementations(op):
         if impl not in ("auto", candidate.name):
             continue
         reasons = candidate.reasons(call)
         if not reasons:
-            _log_choice(op, candidate.name, call.q.device.type, call.q.dtype)
+            _log_choice(op, candidate.name, operand.device.type, operand.dtype)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]
     if impl == "auto":
         refusals += [f"{name}: {reason}" for name, reason in _discover()[1].items()]
     raise Unsupported(
-        f"{op} of q {tuple(call.q.shape)} {call.q.dtype} on {call.q.device} with impl={impl!r} "
-        "cannot be computed:\n  " + "\n  ".join(refusals or ["no implementation of this operation"])
+        f"{op} of {operand_name} {tuple(operand.shape)} {operand.dtype} on {operand.device} with "
+        f"impl={impl!r} cannot be computed:\n  "
+        + "\n  ".join(refusals or ["no implementation of this operation"])
     )
 
 
@@ -229,7 +264,6 @@ def attention(
         Unsupported: If nothing, or not the named implementation, can compute it.
     """
     _check_operands(q, k, v, key_valid)
-    mask = mask.lists() if isinstance(mask, PackedMask) else mask
     _check_mask(mask, q, k)
     if summary is not None:
         _check_summary(summary, mask, k)
@@ -281,7 +315,7 @@ def summarize(
 def row_lse(
     q: Tensor,
     k: Tensor,
-    mask: BlockMask | None = None,
+    mask: BlockMask | PackedMask | None = None,
     *,
     key_valid: Tensor | None = None,
     scale: float | None = None,
@@ -349,6 +383,52 @@ def block_mass(
     return select("block_mass", call, impl)(call)
 
 
+def top_blocks(
+    mass: Tensor,
+    count: Tensor,
+    block: tuple[int, int] | int,
+    seq: tuple[int, int] | int,
+    *,
+    free: int | None = None,
+    longest: int | None = None,
+    impl: str = "auto",
+) -> TopBlocks:
+    """Keeps, in every query block, the key blocks of largest mass ("row-wise" selection).
+
+    Args:
+        mass: Not negative, ``[batch, heads, q_blocks, kv_blocks]``; fp32 for all implementations.
+        count: Key blocks that each query block of a head keeps, ``[batch | 1, heads | 1]`` int;
+            equal masses are taken in ascending order of blocks.
+        block: Tokens in a (query, key) block; one int for both.
+        seq: Tokens of the (query, key) sequence; one int for both.
+        free: Only the first so many query and key blocks compete (those of the video); all others
+            are kept as rows and as columns. None means all compete.
+        longest: Upper bound of the blocks that a row keeps, on the host; all if None.
+        impl: As in :func:`attention`.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    block = (block, block) if isinstance(block, int) else block
+    seq = (seq, seq) if isinstance(seq, int) else seq
+    rows, columns = (block_count(n, size) for n, size in zip(seq, block, strict=True))
+    if mass.ndim != 4 or tuple(mass.shape[2:]) != (rows, columns):
+        raise ValueError(
+            f"mass must be [batch, heads, {rows}, {columns}] for {seq} tokens in blocks of "
+            f"{block}, got {tuple(mass.shape)}"
+        )
+    if count.ndim != 2 or any(
+        n not in (1, m) for n, m in zip(count.shape, mass.shape, strict=False)
+    ):
+        raise ValueError(
+            f"count must be [batch, heads] = {tuple(mass.shape[:2])}, got {tuple(count.shape)}"
+        )
+    free = max(rows, columns) if free is None else free
+    longest = columns if longest is None else max(1, min(longest, columns))
+    call = TopBlocksCall(mass, count, block, seq, free, longest)
+    return select("top_blocks", call, impl)(call)
+
+
 def merge(a: Attended, b: Attended) -> Attended:
     """Attention over the union of two disjoint sets of keys.
 
@@ -403,7 +483,7 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_valid: Tensor | 
         )
 
 
-def _check_mask(mask: BlockMask | None, q: Tensor, k: Tensor) -> None:
+def _check_mask(mask: BlockMask | PackedMask | None, q: Tensor, k: Tensor) -> None:
     if mask is None:
         return
     if mask.seq != (q.shape[1], k.shape[1]):
@@ -419,7 +499,7 @@ def _check_mask(mask: BlockMask | None, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"the mask is on {mask.device}, q on {q.device}: use mask.to(q.device)")
 
 
-def _check_summary(summary: BlockSummary, mask: BlockMask | None, k: Tensor) -> None:
+def _check_summary(summary: BlockSummary, mask: BlockMask | PackedMask | None, k: Tensor) -> None:
     if mask is None:
         raise ValueError("a summary stands for blocks that a mask skips; got a summary and no mask")
     blocks = (k.shape[0], mask.shape[3])

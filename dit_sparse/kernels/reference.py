@@ -8,9 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, BlockMassCall, Impl, SummarizeCall
+from dit_sparse.kernels.ops import (
+    Attended,
+    AttentionCall,
+    BlockMassCall,
+    Impl,
+    SummarizeCall,
+    TopBlocks,
+    TopBlocksCall,
+)
 from dit_sparse.kernels.summary import BlockSummary
-from dit_sparse.mask import block_count
+from dit_sparse.mask import PackedMask, block_count
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +30,7 @@ def _seen_keys(call: AttentionCall, batch: int, head: int, row: int) -> Tensor:
     positions = torch.arange(call.k.shape[1], device=call.k.device)
     seen = torch.ones_like(positions, dtype=torch.bool)
     if call.mask is not None:
-        mask = call.mask
+        mask = call.mask.lists()
         b = batch if mask.shape[0] > 1 else 0
         h = head if mask.shape[1] > 1 else 0
         count = int(mask.kv_num_blocks[b, h, row])
@@ -158,3 +166,26 @@ class ReferenceSummarize(Impl):
             count,
             slope if call.first_order else None,
         )
+
+
+class ReferenceTopBlocks(Impl):
+    op, name, rank = "top_blocks", "reference", 0
+
+    def reasons(self, call: TopBlocksCall) -> list[str]:
+        return []
+
+    def __call__(self, call: TopBlocksCall) -> TopBlocks:
+        batch, heads, rows, columns = call.mass.shape
+        keep = torch.ones(call.mass.shape, dtype=torch.bool, device=call.mass.device)
+        kept_mass = call.mass.new_zeros(batch, heads, rows)
+        for b in range(batch):
+            for h in range(heads):
+                count = int(call.count.expand(batch, heads)[b, h])
+                for row in range(min(rows, call.free)):
+                    mass = call.mass[b, h, row].tolist()
+                    competing = range(min(columns, call.free))
+                    order = sorted(competing, key=lambda c: (-mass[c], c))
+                    for column in order[count:]:
+                        keep[b, h, row, column] = False
+                    kept_mass[b, h, row] = sum(mass[c] for c in order[:count])
+        return TopBlocks(PackedMask.from_dense(keep, call.block, call.seq, call.longest), kept_mass)

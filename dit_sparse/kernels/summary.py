@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.mask import BlockMask
+from dit_sparse.mask import BlockMask, PackedMask
 
 # Scores that :func:`add_skipped` holds at a time.
 _SCRATCH_ELEMENTS = 1 << 24
@@ -48,7 +48,12 @@ class BlockSummary:
 
 
 def add_skipped(
-    out: Tensor, lse: Tensor, q: Tensor, mask: BlockMask, summary: BlockSummary, scale: float
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    mask: BlockMask | PackedMask,
+    summary: BlockSummary,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Adds the summaries of the blocks that ``mask`` skips to attention over those it keeps.
 

@@ -24,6 +24,8 @@ from dit_sparse.kernels.triton_common import (
     refusals,
     validity,
 )
+from dit_sparse.kernels.triton_mask import expand
+from dit_sparse.kernels.triton_summary import add_summaries
 
 Path = Literal["pointer", "tma"]
 # Whether calls that can go through TMA descriptors do; see `benchmarks.kernels` for both paths.
@@ -141,6 +143,12 @@ def _attention_fwd_kernel(
     indices,  # [batch | 1, heads | 1, mask rows, list_len] int32, or None
     key_valid,  # [batch, kv_len] uint8, or None
     valid_prefix,  # [batch] int32, or None
+    key_mean,  # [batch, kv_blocks, heads, dim], contiguous; None without a summary
+    value_mean,  # as key_mean
+    log_count,  # [batch, kv_blocks] fp32, base 2
+    slope,  # [batch, heads, dim, dim] fp32, contiguous, or None
+    bits,  # [batch | 1, heads | 1, mask rows, ceil(kv_blocks / 8)] uint8
+    kept_lse,  # as lse
     q_batch,
     q_token,
     q_head,
@@ -160,6 +168,7 @@ def _attention_fwd_kernel(
     heads,
     q_len,
     kv_len,
+    scale,
     scale_log2,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -241,10 +250,24 @@ def _attention_fwd_kernel(
             DIM, DIM_PAD, TILE_K, BLOCK_K, LISTED, True, WITH_VALUES, TMA,
         )  # fmt: skip
 
+    lse_rows = (batch64 * heads + head) * q_len + rows
+    if key_mean is not None:
+        kept = tl.where(denom == 0.0, float("-inf"), (peak + tl.log2(denom)) * LN_2)
+        tl.store(kept_lse + lse_rows, kept, mask=live)
+        columns = tl.cdiv(kv_len, BLOCK_K)
+        first = (batch64 * columns * heads + head) * DIM
+        matrix = None
+        if slope is not None:
+            matrix = slope + (batch64 * heads + head) * DIM * DIM
+        acc, denom, peak = add_summaries(
+            acc, denom, peak, queries, key_mean + first, value_mean + first,
+            log_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 8), matrix,
+            columns, heads * DIM, scale, scale_log2, DIM, DIM_PAD, TILE_K,
+        )  # fmt: skip
     empty = denom == 0.0
     denom = tl.where(empty, 1.0, denom)
     natural = tl.where(empty, float("-inf"), (peak + tl.log2(denom)) * LN_2)
-    tl.store(lse + (batch64 * heads + head) * q_len + rows, natural, mask=live)
+    tl.store(lse + lse_rows, natural, mask=live)
     if WITH_VALUES:
         result = (acc / denom[:, None]).to(out.dtype.element_ty)
         out_rows = ((batch64 * q_len + rows) * heads + head) * DIM
@@ -328,8 +351,8 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         config: Launch parameters; ``default_config`` if None.
 
     Returns:
-        ``out [batch, q_len, heads, dim]`` (empty without values) and
-        ``lse [batch, heads, q_len]`` fp32.
+        ``out [batch, q_len, heads, dim]`` (empty without values), ``lse [batch, heads, q_len]``
+        fp32 and, with a summary, ``lse_kept`` as ``lse``.
     """
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     v = None if call.v is None else last_contiguous(call.v)
@@ -341,7 +364,7 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         return Attended(out, lse)
 
     config = config or default_config(call, path)
-    mask = call.mask
+    mask = None if call.mask is None else expand(call.mask)
     block = (config.tile_q, config.tile_k) if mask is None else mask.block
     tile_q, tile_k = min(config.tile_q, block[0]), min(config.tile_k, block[1])
     counts = indices = None
@@ -353,6 +376,14 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         mask_batch = mask_heads * mask_rows if mask.shape[0] > 1 else 0
         mask_head = mask_rows if mask_heads > 1 else 0
     flags, prefix = validity(call.key_valid)
+    summary = call.summary if mask is not None else None
+    key_mean = value_mean = log_count = slope = bits = kept_lse = None
+    if summary is not None and mask is not None:
+        key_mean, value_mean = summary.key_mean.contiguous(), summary.value_mean.contiguous()
+        log_count = summary.count.float().log2().contiguous()
+        slope = None if summary.slope is None else summary.slope.float().contiguous()
+        bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
+        kept_lse = torch.empty_like(lse)
 
     k_arg, v_arg = k, v
     k_steps, v_steps = (k.stride(0), k.stride(1), k.stride(2), 0), (0, 0, 0, 0)
@@ -367,15 +398,17 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         _attention_fwd_kernel[(triton.cdiv(q_len, tile_q), batch * heads)](
             q, k_arg, v_arg, out if v is not None else None, lse,
             counts, indices, flags, prefix,
+            key_mean, value_mean, log_count, slope, bits, kept_lse,
             q.stride(0), q.stride(1), q.stride(2), *k_steps, *v_steps,
-            mask_batch, mask_head, list_len, heads, q_len, kv_len, call.scale * LOG2_E,
+            mask_batch, mask_head, list_len, heads, q_len, kv_len,
+            call.scale, call.scale * LOG2_E,
             DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
             BLOCK_Q=block[0], BLOCK_K=block[1],
             NEEDS_MASK=flags is not None or kv_len % block[1] != 0,
             WITH_VALUES=v is not None, TMA=path == "tma",
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return Attended(out, lse)
+    return Attended(out, lse, kept_lse)
 
 
 def _descriptor(tensor: Tensor, tile: int):
@@ -404,6 +437,7 @@ def choose_path(call: AttentionCall) -> Path:
 
 class TritonAttention(Impl):
     op, name, rank = "attention", "triton", RANK
+    summaries = True
 
     def reasons(self, call: AttentionCall) -> list[str]:
         return _reasons(call)

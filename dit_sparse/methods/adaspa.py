@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.layout import TokenLayout
-from dit_sparse.mask import PackedMask, block_count, block_sizes
+from dit_sparse.mask import PackedMask, block_sizes
 from dit_sparse.methods.base import Call, Method, video_blocks
 from dit_sparse.schedule import Phase, Schedule
 
@@ -130,10 +129,21 @@ class AdaSpa(Method):
                 mass = call.block_mass(lse, self.block)
         if self.lse_cache:
             call.memory["lse"] = lse
-        keep = select_blocks(mass, self.sparsity, call.layout, self.block, self.head_adaptive)
-        longest = longest_row(self.sparsity, call.layout, self.block, self.head_adaptive)
-        call.memory["mask"] = PackedMask.from_dense(keep, self.block, call.layout.tokens, longest)
+        call.memory["mask"] = self._select(call, mass)
         stop()
+
+    def _select(self, call: Call, mass: Tensor) -> PackedMask:
+        """The blocks to keep: by mass in every row, by recall over the heads."""
+        video = video_blocks(call.layout, self.block)
+        budget = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
+        if self.head_adaptive:
+            even = call.top_blocks(mass, kept_blocks(budget, video), self.block)
+            total = mass[..., :video, :video].sum((-1, -2))
+            recall = even.kept_mass.sum(-1) / total.clamp_min(1e-30)
+            budget = head_levels(recall, self.sparsity)
+        lowest = _outer_levels(self.sparsity)[1] if self.head_adaptive else self.sparsity
+        most = int(kept_blocks(torch.tensor(lowest), video))
+        return call.top_blocks(mass, kept_blocks(budget, video), self.block, most).mask
 
 
 def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:
@@ -175,49 +185,11 @@ def head_levels(recall: Tensor, sparsity: float) -> Tensor:
     return torch.where(rank >= heads - easy, low, levels)
 
 
-def select_blocks(
-    mass: Tensor, sparsity: float, layout: TokenLayout, block: int, head_adaptive: bool
-) -> Tensor:
-    """The blocks that AdaSpa keeps, ``[batch, heads, q_blocks, kv_blocks]`` bool.
-
-    Args:
-        mass: Block mass of tokens ordered video first, same shape, fp32.
-        sparsity: Mean share of video blocks skipped.
-        layout: What the tokens are; only the counts matter here.
-        block: Tokens in a block.
-        head_adaptive: Whether heads get one of three sparsities by recall.
-    """
-    video = video_blocks(layout, block)
-    order = mass[..., :video, :video].argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(video, device=mass.device).expand_as(order)
-    )
-    budget = torch.full(mass.shape[:2], sparsity, device=mass.device)
-    if head_adaptive:
-        kept = mass[..., :video, :video].where(rank < kept_blocks(budget, video), 0.0)
-        total = mass[..., :video, :video].sum((-1, -2))
-        budget = head_levels(kept.sum((-1, -2)) / total.clamp_min(1e-30), sparsity)
-    keep = torch.ones(mass.shape, dtype=torch.bool, device=mass.device)
-    keep[..., :video, :video] = rank < kept_blocks(budget, video)
-    return keep
-
-
-def longest_row(sparsity: float, layout: TokenLayout, block: int, head_adaptive: bool) -> int:
-    """Most key blocks that a video query block keeps; every block where text rows are dense."""
-    if layout.text:
-        return block_count(layout.tokens, block)
-    lowest = _outer_levels(sparsity)[1] if head_adaptive else sparsity
-    return int(kept_blocks(torch.tensor(lowest), video_blocks(layout, block)))
-
-
 def kept_blocks(sparsity: Tensor, blocks: int) -> Tensor:
-    """Key blocks that a query block keeps: ``round((1 - s) N)``, never 0.
+    """Key blocks that a query block keeps: ``round((1 - s) N)``, never 0; int64, as ``sparsity``.
 
     Args:
         sparsity: ``[batch, heads]``.
         blocks: N.
-
-    Returns:
-        ``[batch, heads, 1, 1]`` int64.
     """
-    return ((1 - sparsity) * blocks).round().clamp(min=1).long()[..., None, None]
+    return ((1 - sparsity) * blocks).round().clamp(min=1).long()

@@ -176,6 +176,30 @@ class Call:
             self.q, self.k, lse, block, key_valid=self.key_valid, scale=self.scale, impl=self.impl
         )
 
+    def top_blocks(
+        self, mass: Tensor, count: Tensor, block: int, most: int | None = None
+    ) -> ops.TopBlocks:
+        """:func:`dit_sparse.kernels.ops.top_blocks` among the blocks made of video alone.
+
+        Rows and columns with text are kept whole, which makes text conditioning exact. Expects text
+        last, see :meth:`tile_order`.
+
+        Args:
+            mass: Block mass ``[batch, heads, q_blocks, kv_blocks]`` fp32.
+            count: Video key blocks that each video query block keeps, ``[batch, heads]`` int.
+            block: Tokens in a block.
+            most: Upper bound of ``count``, on the host; None where it is not known.
+        """
+        return ops.top_blocks(
+            mass,
+            count,
+            block,
+            self.layout.tokens,
+            free=video_blocks(self.layout, block),
+            longest=None if self.layout.text else most,
+            impl=self.impl,
+        )
+
     def record(self, phase: Phase, mask: PackedMask | None = None) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device."""
         self.phase = phase

@@ -51,6 +51,27 @@ def test_block_mass(case: check.Case, dtype: torch.dtype, device: str) -> None:
     assert_passed(check.check_block_mass(case, dtype, device))
 
 
+def blocked() -> list:
+    return [p for p in cases_and_dtypes() if p.values[0].block is not None]
+
+
+@pytest.mark.parametrize(("case", "dtype"), blocked())
+def test_attention_with_summaries(case: check.Case, dtype: torch.dtype, device: str) -> None:
+    assert_passed(check.check_summary(case, dtype, device, "triton"))
+    if not check.tma_refusals(case, dtype, device):
+        assert_passed(check.check_summary(case, dtype, device, "tma"))
+
+
+@pytest.mark.parametrize(("case", "dtype"), blocked())
+def test_summarize(case: check.Case, dtype: torch.dtype, device: str) -> None:
+    assert_passed(check.check_summarize(case, dtype, device))
+
+
+@pytest.mark.parametrize("case", cases())
+def test_top_blocks(case: check.Case, device: str) -> None:
+    assert_passed(check.check_top_blocks(case, device))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("function", [check.check_far_keys, check.check_far_queries])

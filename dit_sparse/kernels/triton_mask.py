@@ -1,0 +1,131 @@
+"""Lists of kept blocks from packed masks, and packed masks from block mass, in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dit_sparse.kernels.ops import Impl, TopBlocks, TopBlocksCall
+from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.mask import BlockMask, PackedMask, block_count
+
+# A program holds one row of block mass in registers.
+_MAX_COLUMNS = 16384
+
+
+@triton.jit
+def _lists_kernel(
+    bits,  # [rows, ceil(columns / 8)] uint8
+    counts,  # [rows] int32
+    indices,  # [rows, width] int32
+    columns,
+    width,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    bits += row * tl.cdiv(columns, 8)
+    indices += row * width
+    found = 0
+    for start in range(0, columns, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        byte = tl.load(bits + column // 8, mask=column < columns, other=0).to(tl.int32)
+        kept = (byte >> (column % 8)) & 1
+        place = found + tl.cumsum(kept, 0) - 1
+        tl.store(indices + place, column, mask=(kept != 0) & (place < width))
+        found += tl.sum(kept, 0)
+    tl.store(counts + row, tl.minimum(found, width))
+
+
+def expand(mask: BlockMask | PackedMask) -> BlockMask:
+    """The lists of ``mask``, made on its device without waiting for it."""
+    if isinstance(mask, BlockMask) or not (mask.bits.is_cuda or INTERPRETED):
+        return mask.lists()
+    shape = mask.bits.shape[:3]
+    counts = torch.empty(shape, dtype=torch.int32, device=mask.device)
+    indices = torch.empty(*shape, mask.longest, dtype=torch.int32, device=mask.device)
+    bits = mask.bits.contiguous()
+    if counts.numel():
+        with torch.cuda.device_of(bits):
+            _lists_kernel[(counts.numel(),)](
+                bits, counts, indices, mask.shape[3], mask.longest, CHUNK=1024, num_warps=4
+            )
+    return BlockMask(counts, indices, mask.block, mask.seq, bits)
+
+
+@triton.jit
+def _top_blocks_kernel(
+    mass,  # [rows of all heads, columns] fp32, contiguous
+    budget,  # [heads] int32
+    bits,  # [rows of all heads, ceil(columns / 8)] uint8
+    kept_mass,  # [rows of all heads] fp32: of the free columns
+    kept_keys,  # [rows of all heads] fp32
+    rows,
+    columns,
+    free,  # rows and columns below this compete; the others are kept
+    block,
+    last,  # keys in the last block
+    SIZE: tl.constexpr,  # power of two that holds the columns
+):
+    line = tl.program_id(0).to(tl.int64)
+    row = (line % rows).to(tl.int32)
+    keep_count = tl.load(budget + line // rows)
+    column = tl.arange(0, SIZE)
+    competes = (column < free) & (row < free)
+    value = tl.load(mass + line * columns + column, mask=column < columns, other=0.0)
+    # Mass is not negative, so the order of the numbers is that of their bit patterns.
+    key = tl.where(competes, value.to(tl.int32, bitcast=True), -1)
+    # The largest threshold that at least keep_count entries reach, one bit at a time.
+    threshold = 0
+    for step in range(31):
+        trial = threshold | (1 << (30 - step))
+        reached = tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(reached >= keep_count, trial, threshold)
+    above = key > threshold
+    equal = key == threshold
+    spare = keep_count - tl.sum(above.to(tl.int32), 0)
+    # Of equal entries the first ones are kept, so that the choice is deterministic.
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+    tl.store(kept_mass + line, tl.sum(tl.where(chosen & competes, value, 0.0), 0))
+    kept = (chosen & competes) | ((column < columns) & ((column >= free) | (row >= free)))
+    keys = tl.where(column == columns - 1, last, block)
+    tl.store(kept_keys + line, tl.sum(tl.where(kept, keys, 0).to(tl.float32), 0))
+    places = tl.reshape(kept.to(tl.int32) << (column % 8), [SIZE // 8, 8])
+    packed = tl.sum(places, 1)
+    width = tl.cdiv(columns, 8)
+    byte = tl.arange(0, SIZE // 8)
+    tl.store(bits + line * width + byte, packed.to(tl.uint8), mask=byte < width)
+
+
+class TritonTopBlocks(Impl):
+    op, name, rank = "top_blocks", "triton", RANK
+
+    def reasons(self, call: TopBlocksCall) -> list[str]:
+        reasons = []
+        if not (call.mass.is_cuda or INTERPRETED):
+            reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1), got {call.mass.device}")
+        if call.mass.dtype != torch.float32:
+            reasons.append(f"mass must be float32, got {call.mass.dtype}")
+        if call.mass.shape[-1] > _MAX_COLUMNS:
+            reasons.append(f"at most {_MAX_COLUMNS} key blocks, got {call.mass.shape[-1]}")
+        return reasons
+
+    def __call__(self, call: TopBlocksCall) -> TopBlocks:
+        mass = call.mass.contiguous()
+        batch, heads, rows, columns = mass.shape
+        device = mass.device
+        bits = torch.empty(
+            batch, heads, rows, block_count(columns, 8), dtype=torch.uint8, device=device
+        )
+        kept_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
+        kept_keys = torch.empty_like(kept_mass)
+        budget = call.count.to(torch.int32).expand(batch, heads).contiguous()
+        size = max(16, triton.next_power_of_2(columns))
+        if kept_mass.numel():
+            with torch.cuda.device_of(mass):
+                _top_blocks_kernel[(batch * heads * rows,)](
+                    mass, budget, bits, kept_mass, kept_keys, rows, columns, call.free,
+                    call.block[1], call.seq[1] - (columns - 1) * call.block[1],
+                    SIZE=size, num_warps=4 if size <= 4096 else 8,
+                )  # fmt: skip
+        return TopBlocks(call.packed(bits, kept_keys), kept_mass)

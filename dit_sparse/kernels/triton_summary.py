@@ -1,0 +1,202 @@
+"""Summaries of key blocks in Triton: making them in one pass, and adding them inside attention.
+
+Source: see :mod:`dit_sparse.kernels.summary`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dit_sparse.kernels.ops import Impl, SummarizeCall
+from dit_sparse.kernels.summary import BlockSummary
+from dit_sparse.kernels.triton_common import (
+    RANK,
+    last_contiguous,
+    padded_dim,
+    refusals,
+)
+from dit_sparse.mask import block_count
+
+# Partial sums of the slope: enough programs to fill a card, few enough to add up cheaply.
+_SLOPE_PROGRAMS = 512
+
+
+@triton.jit
+def add_summaries(
+    acc,
+    denom,
+    peak,
+    q,
+    key_mean,  # first block of this batch element and head
+    value_mean,
+    log_count,  # [kv_blocks] fp32 of this batch element, base 2
+    bits,  # packed mask row
+    slope,  # [dim, dim] of this batch element and head, or None
+    columns,
+    stride,  # elements between blocks of key_mean and value_mean
+    scale,
+    scale_log2,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Adds the summaries of the skipped blocks of one mask row to ``(acc, denom, peak)``."""
+    NEG_INF: tl.constexpr = float("-inf")
+    dims = tl.arange(0, DIM_PAD)
+    tail = denom * 0.0
+    for start in range(0, columns, TILE_C):
+        column = start + tl.arange(0, TILE_C)
+        inside = column < columns
+        byte = tl.load(bits + column // 8, mask=inside, other=255).to(tl.int32)
+        bias = tl.load(log_count + column, mask=inside, other=NEG_INF)
+        bias = tl.where(((byte >> (column % 8)) & 1) == 0, bias, NEG_INF)
+        at = column[:, None] * stride + dims[None, :]
+        load_mask = inside[:, None] & (dims < DIM)[None, :]
+        keys = tl.load(key_mean + at, mask=load_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale_log2 + bias[None, :]
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # A row that has seen nothing yet: -inf minus -inf would be NaN.
+        shift = tl.where(new_peak == NEG_INF, 0.0, new_peak)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(peak - shift)
+        added = tl.sum(weights, 1)
+        denom = denom * decay + added
+        tail = tail * decay + added
+        values = tl.load(value_mean + at, mask=load_mask, other=0.0)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        peak = new_peak
+    if slope is not None:
+        matrix = tl.load(
+            slope + dims[:, None] * DIM + dims[None, :],
+            mask=(dims < DIM)[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        # acc is not normalised yet: the share of the skipped blocks is tail / denom.
+        weighted = (q.to(tl.float32) * (tail * scale)[:, None]).to(q.dtype)
+        acc = tl.dot(weighted, matrix.to(q.dtype), acc, input_precision="ieee")
+    return acc, denom, peak
+
+
+@triton.jit
+def _summarize_kernel(
+    k,  # [batch, kv_len, heads, dim]
+    v,
+    key_mean,  # [batch, kv_blocks, heads, dim], contiguous
+    value_mean,
+    count,  # [batch, kv_blocks] fp32
+    slope,  # [batch, heads, programs, dim, dim] fp32, or None
+    key_valid,  # [batch, kv_len] uint8, or None
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    heads,
+    kv_len,
+    live_len,  # keys in the blocks that count
+    columns,
+    per_program,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Summarises ``per_program`` consecutive blocks of one head."""
+    program = tl.program_id(0)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)
+    tokens = tl.arange(0, BLOCK)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    if key_valid is not None:
+        key_valid += batch * kv_len
+    k_token = tl.cast(k_token, tl.int64)
+    v_token = tl.cast(v_token, tl.int64)
+    total = tl.zeros([DIM_PAD, DIM_PAD], dtype=tl.float32)  # unused, hence removed, without slope
+    first = program * per_program
+    for column in range(first, tl.minimum(first + per_program, columns)):
+        start = column * BLOCK
+        live = start + tokens < live_len
+        if key_valid is not None:
+            live = tl.load(key_valid + start + tokens, mask=live, other=0) != 0
+        load_mask = live[:, None] & (dims < DIM)[None, :]
+        keys = tl.load(
+            k + start * k_token + (tokens[:, None] * k_token + dims[None, :]),
+            mask=load_mask,
+            other=0.0,
+        )
+        values = tl.load(
+            v + start * v_token + (tokens[:, None] * v_token + dims[None, :]),
+            mask=load_mask,
+            other=0.0,
+        )
+        size = tl.sum(live.to(tl.float32), 0)
+        divisor = tl.maximum(size, 1.0)
+        mean = tl.sum(keys.to(tl.float32), 0) / divisor
+        at = ((batch * columns + column) * heads + head) * DIM + dims
+        tl.store(key_mean + at, mean.to(key_mean.dtype.element_ty), mask=dims < DIM)
+        value = tl.sum(values.to(tl.float32), 0) / divisor
+        tl.store(value_mean + at, value.to(value_mean.dtype.element_ty), mask=dims < DIM)
+        if head == 0:
+            tl.store(count + batch * columns + column, size)
+        if slope is not None:
+            # Dead keys are centred to minus the mean, but their values are zero.
+            centred = (keys.to(tl.float32) - mean[None, :]).to(keys.dtype)
+            total = tl.dot(tl.trans(centred), values, total, input_precision="ieee")
+    if slope is not None:
+        at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + program) * DIM * DIM
+        tl.store(
+            slope + at + dims[:, None] * DIM + dims[None, :],
+            total,
+            mask=(dims < DIM)[:, None] & (dims < DIM)[None, :],
+        )
+
+
+class TritonSummarize(Impl):
+    op, name, rank = "summarize", "triton", RANK
+
+    def reasons(self, call: SummarizeCall) -> list[str]:
+        return refusals(call.k, (call.block, call.block))
+
+    def __call__(self, call: SummarizeCall) -> BlockSummary:
+        k, v = last_contiguous(call.k), last_contiguous(call.v)
+        batch, kv_len, heads, dim = k.shape
+        columns = block_count(kv_len, call.block)
+        device = k.device
+        key_mean = torch.empty(batch, columns, heads, dim, dtype=k.dtype, device=device)
+        value_mean = torch.empty_like(key_mean)
+        count = torch.empty(batch, columns, dtype=torch.float32, device=device)
+        if key_mean.numel() == 0:
+            slope = key_mean.new_zeros(batch, heads, dim, dim, dtype=torch.float32)
+            return BlockSummary(
+                key_mean, value_mean, count.zero_(), slope if call.first_order else None
+            )
+        # Without the slope every block is a program of its own.
+        wanted = max(1, _SLOPE_PROGRAMS // (batch * heads)) if call.first_order else columns
+        per_program = triton.cdiv(columns, wanted)
+        programs = triton.cdiv(columns, per_program)
+        partial = None
+        if call.first_order:
+            partial = torch.empty(
+                batch, heads, programs, dim, dim, dtype=torch.float32, device=device
+            )
+        flags = None
+        if call.key_valid is not None:
+            flags = call.key_valid.contiguous().view(torch.uint8)
+        with torch.cuda.device_of(k):
+            _summarize_kernel[(programs, batch * heads)](
+                k, v, key_mean, value_mean, count, partial, flags,
+                k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+                heads, kv_len, min(kv_len, call.blocks * call.block), columns, per_program,
+                DIM=dim, DIM_PAD=padded_dim(dim), BLOCK=call.block,
+                num_warps=8 if padded_dim(dim) > 64 else 4,
+                num_stages=1,
+            )  # fmt: skip
+        if partial is None:
+            return BlockSummary(key_mean, value_mean, count)
+        live = count.sum(-1).clamp(min=1)[:, None, None, None]
+        return BlockSummary(key_mean, value_mean, count, partial.sum(2) / live)
