@@ -122,6 +122,20 @@ class Call:
         moved.layout = replace(self.layout, order="video_text")
         return moved
 
+    def part(self, rows: Tensor | None = None, heads: slice | None = None) -> Call:
+        """This call for some of its queries or heads alone; the keys stay all there.
+
+        Args:
+            rows: Positions of the queries, ascending, int64; None for all.
+            heads: Heads; None for all.
+        """
+        part = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
+        if heads is not None:
+            part.q, part.k, part.v = (x[:, :, heads] for x in (self.q, self.k, self.v))
+        if rows is not None:
+            part.q = part.q.index_select(1, rows)
+        return part
+
     def tile_order(self, tile: tuple[int, int, int] | None) -> Ordering | None:
         """The order of the video tokens in tiles, text last; None if the tokens are in it already.
 
@@ -194,7 +208,7 @@ class Call:
             mass,
             count,
             block,
-            self.layout.tokens,
+            (self.q.shape[1], self.k.shape[1]),
             free=video_blocks(self.layout, block),
             longest=None if self.layout.text else most,
             impl=self.impl,

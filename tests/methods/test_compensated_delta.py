@@ -1,0 +1,178 @@
+"""Compensated delta without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dit_sparse.methods.compensated_delta import CompensatedDelta, block_means, pooled_scores
+from dit_sparse.schedule import Phase
+
+UNITS = ["rows", "heads", "all", "never"]
+SUMMARIES = ["none", "centroid", "first_order"]
+
+
+def run(method: CompensatedDelta, calls: list[Any]) -> list[torch.Tensor]:
+    """Outputs of consecutive steps that share a memory."""
+    memory: dict[str, Any] = {}
+    out = []
+    for index, data in enumerate(calls):
+        out.append(method.attend(data.call(index, memory)))
+    return out
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("text", "order"), [(0, "video_text"), (11, "text_video")])
+def test_frozen_inputs_give_dense_attention(
+    make: Any, unit: str, summary: str, density: float, text: int, order: str
+) -> None:
+    data = make(grid=(3, 9, 13), text=text, order=order)
+    method = CompensatedDelta(density, 3, unit, summary=summary)
+    for out in run(method, [data] * 6):
+        assert (out - data.attention()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("extrapolate", [False, True])
+def test_full_density_is_dense_at_every_step(make: Any, unit: str, extrapolate: bool) -> None:
+    calls = [make(grid=(3, 9, 13), text=5, seed=seed) for seed in range(6)]
+    method = CompensatedDelta(1.0, 3, unit, extrapolate=extrapolate)
+    for data, out in zip(calls, run(method, calls), strict=True):
+        assert (out - data.attention()).abs().max() < 1e-12
+
+
+def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: Any) -> None:
+    calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
+    method = CompensatedDelta(0.3, 3, "rows", summary="centroid", tile=None)
+    memory: dict[str, Any] = {}
+    sparse = []
+    out = []
+    for index, data in enumerate(calls):
+        call = data.call(index, memory)
+        out.append(method.attend(call))
+        sparse.append(call.attention(memory["mask"], call.summarize(64)).out)
+    # Rows of blocks 1 and 4 have their turn at step 1; their masks do not change until step 4.
+    rows = torch.cat([torch.arange(64, 128), torch.arange(256, 320)])
+    dense = calls[1].attention()[:, rows]
+    assert (out[1][:, rows] - dense).abs().max() < 1e-12
+    for index in (2, 3):
+        moved = dense + sparse[index][:, rows] - sparse[1][:, rows]
+        assert (out[index][:, rows] - moved).abs().max() < 1e-12
+    others = torch.arange(0, 64)
+    assert (out[1] - calls[1].attention())[:, others].abs().max() > 1e-3
+
+
+def test_without_compute_the_last_refresh_is_reused(make: Any) -> None:
+    calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
+    out = run(CompensatedDelta(0.0, 3, "all", summary="none"), calls)
+    dense = [data.attention() for data in calls]
+    for index, source in enumerate((0, 0, 0, 3)):
+        assert torch.allclose(out[index], dense[source], atol=1e-12)
+
+
+def test_extrapolation_continues_a_straight_line(make: Any) -> None:
+    """Values that move by the same amount every step are predicted exactly without compute."""
+    start, change = make(grid=(4, 8, 12), seed=0), make(grid=(4, 8, 12), seed=1)
+    calls = []
+    for step in range(6):
+        data = make(grid=(4, 8, 12), seed=0)
+        data.v = start.v + step * change.v
+        calls.append(data)
+    method = CompensatedDelta(0.0, 2, "all", summary="none", extrapolate=True)
+    out = run(method, calls)
+    assert (out[3] - calls[3].attention()).abs().max() < 1e-12
+    assert (out[5] - calls[5].attention()).abs().max() < 1e-12
+    plain = run(CompensatedDelta(0.0, 2, "all", summary="none"), calls)
+    assert (plain[3] - calls[3].attention()).abs().max() > 1e-2
+
+
+def test_compensation_brings_the_sparse_output_closer(make: Any) -> None:
+    data = make(grid=(8, 8, 16), sharp=1.0)
+    error = {}
+    for summary in SUMMARIES:
+        method = CompensatedDelta(0.1, 1, "never", summary=summary, delta=False)
+        out = run(method, [data, data])[1]
+        error[summary] = float((out - data.attention()).norm())
+    assert error["first_order"] < error["centroid"] < 0.7 * error["none"]
+
+
+def test_phases_density_and_memory(make: Any) -> None:
+    data = make(grid=(8, 8, 16))
+    memory: dict[str, Any] = {}
+    method = CompensatedDelta(0.125, 4, "rows", warmup=3)
+    seen = []
+    for index in range(5):
+        call = data.call(index, memory)
+        method.attend(call)
+        seen.append((call.phase, call.head_density))
+        assert ("mask" in memory) is (index >= 2)
+    phases = [phase for phase, _ in seen]
+    assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE, Phase.SPARSE]
+    assert seen[-1][1].tolist() == [[0.125 + 0.25] * 2]
+    assert set(memory) == {"turn", "mask", "residual"}
+    assert memory["residual"].shape == data.q.shape
+
+
+def test_warmup_as_a_share(make: Any) -> None:
+    data = make()
+    phases = []
+    memory: dict[str, Any] = {}
+    for index in range(4):
+        call = data.call(index, memory, total=10)
+        CompensatedDelta(0.5, warmup=0.3).attend(call)
+        phases.append(call.phase)
+    assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE]
+
+
+@pytest.mark.parametrize("selection", ["mass", "pooled"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_padding_is_never_read(make: Any, selection: str, unit: str) -> None:
+    calls = []
+    for seed in range(4):
+        data = make(grid=(3, 9, 13), text=70, batch=2, seed=seed)
+        data.key_valid = torch.ones(2, data.layout.tokens, dtype=torch.bool)
+        data.key_valid[1, -33:] = False
+        data.k[1, -33:], data.v[1, -33:] = float("nan"), float("nan")
+        calls.append(data)
+    method = CompensatedDelta(0.2, 3, unit, selection=selection)
+    assert not any(out.isnan().any() for out in run(method, calls))
+    text = slice(calls[0].layout.video, None)
+    for data, out in zip(calls, run(method, calls), strict=True):
+        assert (out[:, text] - data.attention()[:, text]).abs().max() < 1e-12
+
+
+def test_pooled_scores(make: Any) -> None:
+    data = make(grid=(3, 9, 13), heads=1, dtype=torch.float32)
+    call = data.call()
+    scores = pooled_scores(call, 64)
+    assert scores.shape == (1, 1, 6, 6)
+    torch.testing.assert_close(scores.sum(-1), torch.ones(1, 1, 6))
+    mean_q, mean_k = (x[0, 320:, 0].mean(0) for x in (data.q, data.k))
+    torch.testing.assert_close(block_means(data.q, 64)[0, 5, 0], mean_q)
+    first = data.q[0, :64, 0].mean(0)
+    ratio = scores[0, 0, 0, 5] / scores[0, 0, 0, 0]
+    expected = (first @ (mean_k - data.k[0, :64, 0].mean(0)) * 8**-0.5).exp() * 31 / 64
+    torch.testing.assert_close(ratio, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"density": 1.5},
+        {"density": True},
+        {"period": 0},
+        {"refresh": "columns"},
+        {"summary": "second_order"},
+        {"selection": "random"},
+        {"warmup": 0},
+        {"warmup": 1.5},
+        {"block": 32},
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CompensatedDelta(**wrong)
