@@ -9,6 +9,7 @@ in the same dtype plus one rounding of the largest value.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -197,12 +198,13 @@ def check_attention(case: Case, dtype: torch.dtype, device: str, path: str) -> l
         case: What to compute.
         dtype: Dtype of the inputs.
         device: Where.
-        path: ``"triton"`` for the implementation as users call it, else a path of its launcher.
+        path: ``"triton"`` or ``"cudnn"`` for an implementation as users call it, else a path of the
+            Triton launcher.
     """
     x = build(case, dtype, device)
-    if path == "triton":
+    if path in ("triton", "cudnn"):
         with poisoned_memory():
-            found = ops.attention(x.q, x.k, x.v, x.mask, key_valid=x.key_valid, impl="triton")
+            found = ops.attention(x.q, x.k, x.v, x.mask, key_valid=x.key_valid, impl=path)
             alone = ops.row_lse(x.q, x.k, x.mask, key_valid=x.key_valid, impl="triton")
     else:
         from dit_sparse.kernels.triton_attention import launch
@@ -434,18 +436,25 @@ def tma_refusals(case: Case, dtype: torch.dtype, device: str) -> list[str]:
     return tma_reasons(ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0))
 
 
-def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: bool = True) -> bool:
+def run(
+    cases: tuple[Case, ...] = CASES + LARGE_CASES,
+    full: bool = True,
+    tma: bool = True,
+    shard: tuple[int, int] = (0, 1),
+) -> bool:
     """Prints one line for each check on the GPU.
 
     Args:
         cases: What to check in bf16.
         full: Also checks fp16, fp32 and offsets beyond 32 bits.
         tma: Also checks the TMA path, where a case can take it.
+        shard: (i, n) checks the i-th of n equal shares, so that n processes compile in parallel.
 
     Returns:
         Whether all passed.
     """
     good = True
+    index, shards = shard
 
     def report(name: str, findings: list[Finding]) -> None:
         nonlocal good
@@ -466,7 +475,7 @@ def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: b
     if full:
         pairs += [(case, torch.float16) for case in CASES[3:6]]
         pairs += [(case, torch.float32) for case in CASES[:6]]
-    for case, dtype in pairs:
+    for case, dtype in pairs[index::shards]:
         label = f"{case.name} {str(dtype).removeprefix('torch.')}"
         for path in ("pointer", "tma") if tma else ("pointer",):
             if path == "tma" and tma_refusals(case, dtype, "cuda"):
@@ -475,10 +484,12 @@ def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: b
             if case.block is not None:
                 attempt(f"summary {path} {label}", check_summary, case, dtype, "cuda", path)
         attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
+        if case.block is None and not case.padding and dtype != torch.float32:
+            attempt(f"attention cudnn {label}", check_attention, case, dtype, "cuda", "cudnn")
         if case.block is not None:
             attempt(f"summarize {label}", check_summarize, case, dtype, "cuda")
             attempt(f"top_blocks {label}", check_top_blocks, case, "cuda")
-    if full:
+    if full and index == 0:
         attempt("attention triton keys past 2**31", check_far_keys, "cuda")
         attempt("attention triton queries past 2**31", check_far_queries, "cuda")
     return good
@@ -487,4 +498,9 @@ def run(cases: tuple[Case, ...] = CASES + LARGE_CASES, full: bool = True, tma: b
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; without one run the tests, which use triton's interpreter")
-    sys.exit(0 if run(tma="--no-tma" not in sys.argv[1:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
+    parser.add_argument("--shard", default="0/1", help="I/N: check the I-th of N equal shares")
+    options = parser.parse_args()
+    part, total = (int(n) for n in options.shard.split("/"))
+    sys.exit(0 if run(tma=not options.no_tma, shard=(part, total)) else 1)

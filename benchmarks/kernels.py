@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import check_kernels
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.triton_attention import Config, launch, tma_reasons
-from dit_sparse.mask import BlockMask, block_count
+from dit_sparse.kernels.triton_mask import expand
+from dit_sparse.mask import BlockMask, PackedMask, block_count
 
 # 256 MiB of inputs do not fit the 50 MiB of L2 of an H100: rotating further sets changes nothing.
 ROTATED_BYTES = 256 << 20
@@ -244,6 +245,66 @@ class Bench:
                 sets, block=block, best=best, products=1,
             )  # fmt: skip
 
+    def summaries(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float) -> None:
+        """What summaries of skipped blocks and the choice of blocks cost, at density 0.1."""
+        rng = torch.Generator("cuda").manual_seed(1)
+        options = {"impl": "triton"}
+        for block in shape.blocks:
+            mask = random_mask(shape, block, 0.1, rng)
+            packed = mask.pack()
+            achieved = float(mask.kv_num_blocks.double().mean()) / mask.shape[-1]
+            scores = torch.rand(packed.shape, generator=rng, device="cuda")
+            count = torch.full((1, 1), round(0.1 * mask.shape[-1]), device="cuda")
+            made = {
+                order: ops.summarize(*sets[0][1:], block, first_order=order == "first", **options)
+                for order in ("zeroth", "first")
+            }
+
+            def compensated(
+                q: Tensor, k: Tensor, v: Tensor, order: str, mask: PackedMask = packed
+            ) -> ops.Attended:
+                summary = ops.summarize(
+                    k, v, mask.block[1], first_order=order == "first", **options
+                )
+                return ops.attention(q, k, v, mask, summary=summary, **options)
+
+            calls: dict[str, Callable[..., object]] = {
+                "kept": lambda q, k, v, m=mask: ops.attention(q, k, v, m, **options),
+                "kept, packed": lambda q, k, v, m=packed: ops.attention(q, k, v, m, **options),
+                "zeroth, kernel": lambda q, k, v, m=mask, s=made["zeroth"]: ops.attention(
+                    q, k, v, m, summary=s, **options
+                ),
+                "first, kernel": lambda q, k, v, m=mask, s=made["first"]: ops.attention(
+                    q, k, v, m, summary=s, **options
+                ),
+                "zeroth, all": lambda q, k, v: compensated(q, k, v, "zeroth"),
+                "first, all": lambda q, k, v: compensated(q, k, v, "first"),
+            }
+            for name, function in calls.items():
+                self.add(
+                    "triton", name, shape, function, sets,
+                    block=block, density=achieved, best=best,
+                )  # fmt: skip
+            for order in made:
+                self.add(
+                    "triton", f"summarize {order}", shape,
+                    lambda q, k, v, o=order, b=block: ops.summarize(
+                        k, v, b, first_order=o == "first", **options
+                    ),
+                    sets, block=block, best=best, products=0,
+                )  # fmt: skip
+            self.add(
+                "triton", "top_blocks", shape,
+                lambda q, k, v, s=scores, c=count, b=block: ops.top_blocks(
+                    s, c, b, shape.tokens, **options
+                ),
+                sets, block=block, best=best, products=0,
+            )  # fmt: skip
+            self.add(
+                "triton", "lists", shape, lambda q, k, v, m=packed: expand(m),
+                sets, block=block, best=best, products=0,
+            )  # fmt: skip
+
     def tune(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float, block: int) -> None:
         """Launch parameters around the defaults at density 0.25."""
         mask = random_mask(shape, block, 0.25, torch.Generator("cuda").manual_seed(2))
@@ -292,10 +353,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="one shape, three densities")
-    parser.add_argument("--tune", action="store_true", help="also compare launch parameters")
+    parser.add_argument(
+        "--parts",
+        default="attention,passes,summaries",
+        help="what to time: attention, passes (mask search), summaries (of skipped blocks), tune "
+        "(launch parameters)",
+    )
+    parser.add_argument("--shapes", help="only these, e.g. 6x8192x64,12x32768x128")
     parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
     parser.add_argument("--budget", type=float, default=0.25, help="seconds per measurement")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    unknown = set(parts) - {"attention", "passes", "summaries", "tune"}
+    if unknown:
+        parser.error(f"--parts takes attention, passes, summaries and tune, got {sorted(unknown)}")
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
 
@@ -312,12 +383,17 @@ def main() -> int:
     bench = Bench(paths, arguments.budget)
     rng = torch.Generator("cuda").manual_seed(0)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+        if arguments.shapes is not None and str(shape) not in arguments.shapes.split(","):
+            continue
         sets = inputs(shape, rng)
         best = bench.dense(shape, sets, only_best=1.0 not in shape.densities)
-        bench.ours(shape, sets, best)
-        if 1.0 in shape.densities:
+        if "attention" in parts:
+            bench.ours(shape, sets, best)
+        if "passes" in parts and 1.0 in shape.densities:
             bench.passes(shape, sets, best)
-        if arguments.tune and shape.tokens in (32_768, 17_792):
+        if "summaries" in parts and 1.0 in shape.densities:
+            bench.summaries(shape, sets, best)
+        if "tune" in parts and shape.tokens in (32_768, 17_792):
             for block in shape.blocks:
                 bench.tune(shape, sets, best, block)
         if arguments.output:  # after every shape, so that an interrupted run leaves its part
