@@ -37,7 +37,7 @@ from dit_sparse.methods.base import Call, Method, video_blocks
 from dit_sparse.methods.rotation import Part, Unit, part_of_turn, turns_since
 from dit_sparse.schedule import Phase
 
-Summary = Literal["none", "centroid", "first_order"]
+Summary = Literal["drop", "centroid", "first_order"]
 Selection = Literal["mass", "pooled"]
 
 
@@ -148,10 +148,10 @@ class CompensatedDelta(Method):
 
     def _sparse(self, call: Call) -> Tensor:
         """The compensated sparse output of all queries; zero where nothing is computed."""
-        if self.density == 0 and self.summary == "none" and not call.layout.text:
+        if self.density == 0 and self.summary == "drop" and not call.layout.text:
             return torch.zeros_like(call.q)
         summary = None
-        if self.summary != "none":
+        if self.summary != "drop":
             summary = call.summarize(self.block, first_order=self.summary == "first_order")
         return call.attention(call.memory["mask"], summary).out
 

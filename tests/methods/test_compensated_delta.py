@@ -11,7 +11,7 @@ from dit_sparse.methods.compensated_delta import CompensatedDelta, block_means, 
 from dit_sparse.schedule import Phase
 
 UNITS = ["rows", "heads", "all", "never"]
-SUMMARIES = ["none", "centroid", "first_order"]
+SUMMARIES = ["drop", "centroid", "first_order"]
 
 
 def run(method: CompensatedDelta, calls: list[Any]) -> list[torch.Tensor]:
@@ -68,7 +68,7 @@ def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: A
 
 def test_without_compute_the_last_refresh_is_reused(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
-    out = run(CompensatedDelta(0.0, 3, "all", summary="none"), calls)
+    out = run(CompensatedDelta(0.0, 3, "all", summary="drop"), calls)
     dense = [data.attention() for data in calls]
     for index, source in enumerate((0, 0, 0, 3)):
         assert torch.allclose(out[index], dense[source], atol=1e-12)
@@ -82,11 +82,11 @@ def test_extrapolation_continues_a_straight_line(make: Any) -> None:
         data = make(grid=(4, 8, 12), seed=0)
         data.v = start.v + step * change.v
         calls.append(data)
-    method = CompensatedDelta(0.0, 2, "all", summary="none", extrapolate=True)
+    method = CompensatedDelta(0.0, 2, "all", summary="drop", extrapolate=True)
     out = run(method, calls)
     assert (out[3] - calls[3].attention()).abs().max() < 1e-12
     assert (out[5] - calls[5].attention()).abs().max() < 1e-12
-    plain = run(CompensatedDelta(0.0, 2, "all", summary="none"), calls)
+    plain = run(CompensatedDelta(0.0, 2, "all", summary="drop"), calls)
     assert (plain[3] - calls[3].attention()).abs().max() > 1e-2
 
 
@@ -97,7 +97,7 @@ def test_compensation_brings_the_sparse_output_closer(make: Any) -> None:
         method = CompensatedDelta(0.1, 1, "never", summary=summary, delta=False)
         out = run(method, [data, data])[1]
         error[summary] = float((out - data.attention()).norm())
-    assert error["first_order"] < error["centroid"] < 0.7 * error["none"]
+    assert error["first_order"] < error["centroid"] < 0.7 * error["drop"]
 
 
 def test_phases_density_and_memory(make: Any) -> None:
