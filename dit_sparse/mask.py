@@ -216,8 +216,8 @@ class PackedMask:
     0.6 GB in this form and 20 GB as lists.
 
     Attributes:
-        bits: ``[batch | 1, heads | 1, q_blocks, ceil(kv_blocks / 8)]`` uint8; key block c is bit
-            ``c % 8`` (1 << that) of byte ``c // 8``. Bits past the last block are 0.
+        bits: ``[batch | 1, heads | 1, q_blocks, packed_width(kv_blocks)]`` uint8; key block c is
+            bit ``c % 8`` (1 << that) of byte ``c // 8``. Bits past the last block are 0.
         longest: At least as many blocks as any row keeps; how wide lists must be. A number on the
             host, so that making lists does not wait for the device.
         head_density: See :meth:`BlockMask.head_density`.
@@ -254,7 +254,8 @@ class PackedMask:
         _check_keep(keep, block, seq)
         columns = keep.shape[-1]
         longest = columns if longest is None else max(1, min(longest, columns))
-        padded = torch.nn.functional.pad(keep, (0, -columns % 8)).view(*keep.shape[:3], -1, 8)
+        missing = 8 * packed_width(columns) - columns
+        padded = torch.nn.functional.pad(keep, (0, missing)).view(*keep.shape[:3], -1, 8)
         weights = (1 << torch.arange(8, device=keep.device)).to(torch.uint8)
         bits = (padded * weights).sum(-1, dtype=torch.uint8)
         return cls(bits, longest, _density(keep, block, seq), block, seq)
@@ -286,6 +287,11 @@ class PackedMask:
     def density(self) -> float:
         """Mean of ``head_density`` over batch and heads. Reads back from the device."""
         return float(self.head_density.mean())
+
+
+def packed_width(columns: int) -> int:
+    """Bytes of a packed mask row: whole 32-bit words, which kernels read at once."""
+    return 4 * -(-columns // 32)
 
 
 def _pairs(

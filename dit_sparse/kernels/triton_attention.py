@@ -143,11 +143,11 @@ def _attention_fwd_kernel(
     indices,  # [batch | 1, heads | 1, mask rows, list_len] int32, or None
     key_valid,  # [batch, kv_len] uint8, or None
     valid_prefix,  # [batch] int32, or None
-    key_mean,  # [batch, kv_blocks, heads, dim], contiguous; None without a summary
+    key_mean,  # [batch, heads, kv_blocks, dim], contiguous; None without a summary
     value_mean,  # as key_mean
     log_count,  # [batch, kv_blocks] fp32, base 2
-    slope,  # [batch, heads, dim, dim] fp32, contiguous, or None
-    bits,  # [batch | 1, heads | 1, mask rows, ceil(kv_blocks / 8)] uint8
+    slope,  # [batch, heads, dim, dim] as q, contiguous, or None
+    bits,  # [batch | 1, heads | 1, mask rows, ceil(kv_blocks / 32)] int32
     kept_lse,  # as lse
     q_batch,
     q_token,
@@ -255,14 +255,14 @@ def _attention_fwd_kernel(
         kept = tl.where(denom == 0.0, float("-inf"), (peak + tl.log2(denom)) * LN_2)
         tl.store(kept_lse + lse_rows, kept, mask=live)
         columns = tl.cdiv(kv_len, BLOCK_K)
-        first = (batch64 * columns * heads + head) * DIM
+        first = (batch64 * heads + head) * columns * DIM
         matrix = None
         if slope is not None:
             matrix = slope + (batch64 * heads + head) * DIM * DIM
         acc, denom, peak = add_summaries(
             acc, denom, peak, queries, key_mean + first, value_mean + first,
-            log_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 8), matrix,
-            columns, heads * DIM, scale, scale_log2, DIM, DIM_PAD, TILE_K,
+            log_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 32), matrix,
+            columns, DIM, scale, scale_log2, DIM, DIM_PAD, TILE_K,
         )  # fmt: skip
     empty = denom == 0.0
     denom = tl.where(empty, 1.0, denom)
@@ -379,10 +379,13 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
     summary = call.summary if mask is not None else None
     key_mean = value_mean = log_count = slope = bits = kept_lse = None
     if summary is not None and mask is not None:
-        key_mean, value_mean = summary.key_mean.contiguous(), summary.value_mean.contiguous()
+        key_mean, value_mean = (
+            x.transpose(1, 2).contiguous() for x in (summary.key_mean, summary.value_mean)
+        )
         log_count = summary.count.float().log2().contiguous()
-        slope = None if summary.slope is None else summary.slope.float().contiguous()
+        slope = None if summary.slope is None else summary.slope.to(q.dtype).contiguous()
         bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
+        bits = bits.view(torch.int32)
         kept_lse = torch.empty_like(lse)
 
     k_arg, v_arg = k, v

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dit_sparse.kernels.ops import Impl, TopBlocks, TopBlocksCall
 from dit_sparse.kernels.triton_common import INTERPRETED, RANK
-from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.mask import BlockMask, PackedMask, packed_width
 
 # A program holds one row of block mass in registers.
 _MAX_COLUMNS = 16384
@@ -16,7 +16,7 @@ _MAX_COLUMNS = 16384
 
 @triton.jit
 def _lists_kernel(
-    bits,  # [rows, ceil(columns / 8)] uint8
+    bits,  # [rows, packed_width(columns)] uint8
     counts,  # [rows] int32
     indices,  # [rows, width] int32
     columns,
@@ -24,7 +24,7 @@ def _lists_kernel(
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    bits += row * tl.cdiv(columns, 8)
+    bits += row * 4 * tl.cdiv(columns, 32)
     indices += row * width
     found = 0
     for start in range(0, columns, CHUNK):
@@ -57,7 +57,7 @@ def expand(mask: BlockMask | PackedMask) -> BlockMask:
 def _top_blocks_kernel(
     mass,  # [rows of all heads, columns] fp32, contiguous
     budget,  # [heads] int32
-    bits,  # [rows of all heads, ceil(columns / 8)] uint8
+    bits,  # [rows of all heads, packed_width(columns)] uint8
     kept_mass,  # [rows of all heads] fp32: of the free columns
     kept_keys,  # [rows of all heads] fp32
     rows,
@@ -92,7 +92,7 @@ def _top_blocks_kernel(
     tl.store(kept_keys + line, tl.sum(tl.where(kept, keys, 0).to(tl.float32), 0))
     places = tl.reshape(kept.to(tl.int32) << (column % 8), [SIZE // 8, 8])
     packed = tl.sum(places, 1)
-    width = tl.cdiv(columns, 8)
+    width = 4 * tl.cdiv(columns, 32)
     byte = tl.arange(0, SIZE // 8)
     tl.store(bits + line * width + byte, packed.to(tl.uint8), mask=byte < width)
 
@@ -115,12 +115,12 @@ class TritonTopBlocks(Impl):
         batch, heads, rows, columns = mass.shape
         device = mass.device
         bits = torch.empty(
-            batch, heads, rows, block_count(columns, 8), dtype=torch.uint8, device=device
+            batch, heads, rows, packed_width(columns), dtype=torch.uint8, device=device
         )
         kept_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
         kept_keys = torch.empty_like(kept_mass)
         budget = call.count.to(torch.int32).expand(batch, heads).contiguous()
-        size = max(16, triton.next_power_of_2(columns))
+        size = max(32, triton.next_power_of_2(columns))
         if kept_mass.numel():
             with torch.cuda.device_of(mass):
                 _top_blocks_kernel[(batch * heads * rows,)](

@@ -32,8 +32,8 @@ def add_summaries(
     key_mean,  # first block of this batch element and head
     value_mean,
     log_count,  # [kv_blocks] fp32 of this batch element, base 2
-    bits,  # packed mask row
-    slope,  # [dim, dim] of this batch element and head, or None
+    bits,  # packed mask row in 32-bit words
+    slope,  # [dim, dim] of this batch element and head in the queries' dtype, or None
     columns,
     stride,  # elements between blocks of key_mean and value_mean
     scale,
@@ -49,9 +49,9 @@ def add_summaries(
     for start in range(0, columns, TILE_C):
         column = start + tl.arange(0, TILE_C)
         inside = column < columns
-        byte = tl.load(bits + column // 8, mask=inside, other=255).to(tl.int32)
+        word = tl.load(bits + column // 32, mask=inside, other=0)
         bias = tl.load(log_count + column, mask=inside, other=NEG_INF)
-        bias = tl.where(((byte >> (column % 8)) & 1) == 0, bias, NEG_INF)
+        bias = tl.where(((word >> (column % 32)) & 1) == 0, bias, NEG_INF)
         at = column[:, None] * stride + dims[None, :]
         load_mask = inside[:, None] & (dims < DIM)[None, :]
         keys = tl.load(key_mean + at, mask=load_mask, other=0.0)
@@ -76,7 +76,7 @@ def add_summaries(
         )
         # acc is not normalised yet: the share of the skipped blocks is tail / denom.
         weighted = (q.to(tl.float32) * (tail * scale)[:, None]).to(q.dtype)
-        acc = tl.dot(weighted, matrix.to(q.dtype), acc, input_precision="ieee")
+        acc = tl.dot(weighted, matrix, acc, input_precision="ieee")
     return acc, denom, peak
 
 
@@ -84,7 +84,7 @@ def add_summaries(
 def _summarize_kernel(
     k,  # [batch, kv_len, heads, dim]
     v,
-    key_mean,  # [batch, kv_blocks, heads, dim], contiguous
+    key_mean,  # [batch, heads, kv_blocks, dim], contiguous
     value_mean,
     count,  # [batch, kv_blocks] fp32
     slope,  # [batch, heads, programs, dim, dim] fp32, or None
@@ -137,7 +137,7 @@ def _summarize_kernel(
         size = tl.sum(live.to(tl.float32), 0)
         divisor = tl.maximum(size, 1.0)
         mean = tl.sum(keys.to(tl.float32), 0) / divisor
-        at = ((batch * columns + column) * heads + head) * DIM + dims
+        at = ((batch * heads + head) * columns + column) * DIM + dims
         tl.store(key_mean + at, mean.to(key_mean.dtype.element_ty), mask=dims < DIM)
         value = tl.sum(values.to(tl.float32), 0) / divisor
         tl.store(value_mean + at, value.to(value_mean.dtype.element_ty), mask=dims < DIM)
@@ -167,14 +167,14 @@ class TritonSummarize(Impl):
         batch, kv_len, heads, dim = k.shape
         columns = block_count(kv_len, call.block)
         device = k.device
-        key_mean = torch.empty(batch, columns, heads, dim, dtype=k.dtype, device=device)
+        # Blocks of one head lie side by side, as attention reads them.
+        key_mean = torch.empty(batch, heads, columns, dim, dtype=k.dtype, device=device)
         value_mean = torch.empty_like(key_mean)
+        means = key_mean.transpose(1, 2), value_mean.transpose(1, 2)
         count = torch.empty(batch, columns, dtype=torch.float32, device=device)
         if key_mean.numel() == 0:
             slope = key_mean.new_zeros(batch, heads, dim, dim, dtype=torch.float32)
-            return BlockSummary(
-                key_mean, value_mean, count.zero_(), slope if call.first_order else None
-            )
+            return BlockSummary(*means, count.zero_(), slope if call.first_order else None)
         # Without the slope every block is a program of its own.
         wanted = max(1, _SLOPE_PROGRAMS // (batch * heads)) if call.first_order else columns
         per_program = triton.cdiv(columns, wanted)
@@ -197,6 +197,6 @@ class TritonSummarize(Impl):
                 num_stages=1,
             )  # fmt: skip
         if partial is None:
-            return BlockSummary(key_mean, value_mean, count)
+            return BlockSummary(*means, count)
         live = count.sum(-1).clamp(min=1)[:, None, None, None]
-        return BlockSummary(key_mean, value_mean, count, partial.sum(2) / live)
+        return BlockSummary(*means, count, partial.sum(2) / live)

@@ -35,7 +35,7 @@ from dit_sparse.layout import Ordering
 from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, Method, video_blocks
 from dit_sparse.methods.rotation import Part, Unit, part_of_turn, turns_since
-from dit_sparse.schedule import Phase
+from dit_sparse.schedule import Phase, Step
 
 Summary = Literal["drop", "centroid", "first_order"]
 Selection = Literal["mass", "pooled"]
@@ -52,7 +52,8 @@ class CompensatedDelta(Method):
         refresh: What a step refreshes: ``"rows"``, one query block in ``period``; ``"heads"``, one
             head in ``period``; ``"all"``, everything at every ``period``-th step and nothing
             between; ``"never"``, nothing after the warm-up.
-        warmup: Dense steps at the start, at least 1: a number, or a share of all steps.
+        warmup: Dense steps at the start, at least 1: a number, or a share of all steps (of the
+            first ones' noise range where nothing tells how many steps there are).
         summary: What skipped blocks contribute: nothing, their means, or means and slope.
         delta: Whether the residual of the last refresh is added.
         extrapolate: Whether the residual is continued linearly from its last two refreshes.
@@ -70,7 +71,7 @@ class CompensatedDelta(Method):
     density: float = 0.1
     period: int = 8
     refresh: Unit = "rows"
-    warmup: int | float = 1
+    warmup: int | float = 0.2
     summary: Summary = "first_order"
     delta: bool = True
     extrapolate: bool = False
@@ -103,13 +104,13 @@ class CompensatedDelta(Method):
 
     @classmethod
     def exact(cls) -> CompensatedDelta:
-        return cls(density=1.0)
+        return cls(density=1.0, warmup=1)
 
     def attend(self, call: Call) -> Tensor:
-        if call.step.index < self._dense_steps(call.step.total) - 1:
+        memory = call.memory
+        if "turn" not in memory and self._is_warmup(call.step):
             call.record(Phase.DENSE)
             return call.dense()
-        memory = call.memory
         turn = memory["turn"] = memory["turn"] + 1 if "turn" in memory else 0
         order = call.tile_order(self.tile)
         moved = call.ordered(order)
@@ -134,10 +135,13 @@ class CompensatedDelta(Method):
         self._record(call, moved)
         return out if order is None else order.undo(out)
 
-    def _dense_steps(self, total: int | None) -> int:
+    def _is_warmup(self, step: Step) -> bool:
+        """Whether ``step`` is one of the warm-up but the last, which is refreshed whole."""
         if isinstance(self.warmup, int):
-            return self.warmup
-        return max(1, round(self.warmup * total)) if total else 1
+            return step.index < self.warmup - 1
+        if step.total is None:
+            return step.progress < self.warmup
+        return step.index < max(1, round(self.warmup * step.total)) - 1
 
     def _record(self, call: Call, moved: Call) -> None:
         call.record(Phase.SPARSE, call.memory["mask"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_frozen_inputs_give_dense_attention(
     make: Any, unit: str, summary: str, density: float, text: int, order: str
 ) -> None:
     data = make(grid=(3, 9, 13), text=text, order=order)
-    method = CompensatedDelta(density, 3, unit, summary=summary)
+    method = CompensatedDelta(density, 3, unit, 1, summary)
     for out in run(method, [data] * 6):
         assert (out - data.attention()).abs().max() < 1e-12
 
@@ -40,14 +41,14 @@ def test_frozen_inputs_give_dense_attention(
 @pytest.mark.parametrize("extrapolate", [False, True])
 def test_full_density_is_dense_at_every_step(make: Any, unit: str, extrapolate: bool) -> None:
     calls = [make(grid=(3, 9, 13), text=5, seed=seed) for seed in range(6)]
-    method = CompensatedDelta(1.0, 3, unit, extrapolate=extrapolate)
+    method = CompensatedDelta(1.0, 3, unit, 1, extrapolate=extrapolate)
     for data, out in zip(calls, run(method, calls), strict=True):
         assert (out - data.attention()).abs().max() < 1e-12
 
 
 def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
-    method = CompensatedDelta(0.3, 3, "rows", summary="centroid", tile=None)
+    method = CompensatedDelta(0.3, 3, "rows", 1, "centroid", tile=None)
     memory: dict[str, Any] = {}
     sparse = []
     out = []
@@ -68,7 +69,7 @@ def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: A
 
 def test_without_compute_the_last_refresh_is_reused(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
-    out = run(CompensatedDelta(0.0, 3, "all", summary="drop"), calls)
+    out = run(CompensatedDelta(0.0, 3, "all", 1, "drop"), calls)
     dense = [data.attention() for data in calls]
     for index, source in enumerate((0, 0, 0, 3)):
         assert torch.allclose(out[index], dense[source], atol=1e-12)
@@ -82,11 +83,11 @@ def test_extrapolation_continues_a_straight_line(make: Any) -> None:
         data = make(grid=(4, 8, 12), seed=0)
         data.v = start.v + step * change.v
         calls.append(data)
-    method = CompensatedDelta(0.0, 2, "all", summary="drop", extrapolate=True)
+    method = CompensatedDelta(0.0, 2, "all", 1, "drop", extrapolate=True)
     out = run(method, calls)
     assert (out[3] - calls[3].attention()).abs().max() < 1e-12
     assert (out[5] - calls[5].attention()).abs().max() < 1e-12
-    plain = run(CompensatedDelta(0.0, 2, "all", summary="drop"), calls)
+    plain = run(CompensatedDelta(0.0, 2, "all", 1, "drop"), calls)
     assert (plain[3] - calls[3].attention()).abs().max() > 1e-2
 
 
@@ -94,7 +95,7 @@ def test_compensation_brings_the_sparse_output_closer(make: Any) -> None:
     data = make(grid=(8, 8, 16), sharp=1.0)
     error = {}
     for summary in SUMMARIES:
-        method = CompensatedDelta(0.1, 1, "never", summary=summary, delta=False)
+        method = CompensatedDelta(0.1, 1, "never", 1, summary, delta=False)
         out = run(method, [data, data])[1]
         error[summary] = float((out - data.attention()).norm())
     assert error["first_order"] < error["centroid"] < 0.7 * error["drop"]
@@ -128,6 +129,18 @@ def test_warmup_as_a_share(make: Any) -> None:
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE]
 
 
+def test_warmup_where_nothing_tells_the_number_of_steps(make: Any) -> None:
+    data = make()
+    phases = []
+    memory: dict[str, Any] = {}
+    for index in range(4):
+        call = data.call(index, memory, total=10)
+        call.step = replace(call.step, total=None)
+        CompensatedDelta(0.5, warmup=0.15).attend(call)
+        phases.append(call.phase)
+    assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE]
+
+
 @pytest.mark.parametrize("selection", ["mass", "pooled"])
 @pytest.mark.parametrize("unit", UNITS)
 def test_padding_is_never_read(make: Any, selection: str, unit: str) -> None:
@@ -138,7 +151,7 @@ def test_padding_is_never_read(make: Any, selection: str, unit: str) -> None:
         data.key_valid[1, -33:] = False
         data.k[1, -33:], data.v[1, -33:] = float("nan"), float("nan")
         calls.append(data)
-    method = CompensatedDelta(0.2, 3, unit, selection=selection)
+    method = CompensatedDelta(0.2, 3, unit, 1, selection=selection)
     assert not any(out.isnan().any() for out in run(method, calls))
     text = slice(calls[0].layout.video, None)
     for data, out in zip(calls, run(method, calls), strict=True):
