@@ -22,15 +22,19 @@ class SparseConfig:
         method: A :class:`~dit_sparse.methods.base.Method`.
         dense_layers: Self-attention layers, by index in execution order, that stay dense.
         impl: Kernel to use: ``"auto"`` or a name, which then never falls back.
+        strict: Whether a loss of sparsity that nobody asked for, such as another call replacing the
+            processors, raises RuntimeError instead of warning once.
 
     Raises:
-        ValueError: On an unknown ``impl`` or a layer index that is not an int >= 0.
+        ValueError: On an unknown ``impl``, a layer index that is not an int >= 0, or a ``strict``
+            that is not a bool.
         Unsupported: If the named ``impl`` needs a package that is not installed.
     """
 
     method: Method = field(default_factory=AdaSpa)
     dense_layers: tuple[int, ...] = ()
     impl: str = "auto"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -40,6 +44,8 @@ class SparseConfig:
             )
         if any(not isinstance(layer, int) or layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers must be ints >= 0, got {self.dense_layers!r}")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict must be True or False, got {self.strict!r}")
         check_impl(self.impl)
 
     @classmethod
@@ -61,6 +67,7 @@ class SparseConfig:
             "method": {"name": self.method.name, **_plain(method)},
             "dense_layers": list(self.dense_layers),
             "impl": self.impl,
+            "strict": self.strict,
         }
 
     @classmethod
