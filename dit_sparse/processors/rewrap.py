@@ -26,7 +26,9 @@ class _Current:
     """The site whose processor runs. A plain class because Dynamo traces neither contextvars nor
     thread-locals; while tracing, the compiler's own lock keeps threads apart."""
 
-    site: Site | None = None
+    def __init__(self) -> None:
+        # An attribute of the instance from the start: Dynamo guards on whether it is there.
+        self.site: Site | None = None
 
 
 class _ThreadCurrent(threading.local):

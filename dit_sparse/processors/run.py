@@ -60,6 +60,11 @@ class _Moment:
     value: float | None
     position: int | None
 
+    @property
+    def kind(self) -> tuple[int | None, bool]:
+        """What stays the same within one generation."""
+        return self.total, self.index is not None
+
 
 def _read(context: Any, timestep: Tensor | None, timesteps: tuple[float, ...] | None) -> _Moment:
     name = getattr(context, "name", None)
@@ -201,19 +206,18 @@ class Run:
         timesteps: tuple[float, ...] | None,
         q: Tensor,
     ) -> Branch:
+        fixed = (layout.grid, layout.order, q.dtype, q.device)
         now = _read(self.context, timestep, timesteps)
-        is_told = now.index is not None
-        signature = (layout.grid, layout.order, now.total, is_told, q.dtype, q.device)
         # Passes in which a step cache skipped every layer count as well.
         skipped, self._passes = self._passes[:-1], []
         for earlier, moment in skipped:
             then = _read(earlier, moment, timesteps)
             if self._is_restart(then):
                 # The cache outlived the generation before.
-                self._new_generation(signature)
+                self._new_generation((fixed, then.kind))
             self._advance(then, None)
-        if signature != self._signature or self._is_restart(now):
-            self._new_generation(signature)
+        if (fixed, now.kind) != self._signature or self._is_restart(now):
+            self._new_generation((fixed, now.kind))
         return self._advance(now, (layout.text, q.shape[0]))
 
     def _is_restart(self, now: _Moment) -> bool:
