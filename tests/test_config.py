@@ -48,6 +48,7 @@ def test_saved_form_is_versioned_and_readable(tmp_path: Path) -> None:
         "method": {"name": "full", "block": 128},
         "dense_layers": [],
         "impl": "auto",
+        "strict": False,
     }
 
 

@@ -59,7 +59,7 @@ class Report:
         )
 
     def table(self, width: int = 120) -> str:
-        """The layers as text, one row per layer and branch; print it.
+        """The summary, and the layers as a table with a row per layer and branch; print it.
 
         Args:
             width: Columns to fill at most.
@@ -67,7 +67,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=str(self), title_justify="left")
+        table = Table()
         for name in ("layer", "branch", "calls", "kernels", "density", "density of heads, %"):
             table.add_column(name, overflow="fold")
         for name in ("search ms", "KiB"):
@@ -87,6 +87,7 @@ class Report:
                 f"{entry['cache_bytes'] / 1024:.1f}",
             )
         console = Console(file=StringIO(), width=width, force_terminal=False)
+        console.print(str(self), highlight=False)
         console.print(table)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
