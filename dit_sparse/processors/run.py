@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call, Stopwatch
+from dit_sparse.processors.moment import UNNAMED, Moment
 from dit_sparse.schedule import Phase, Step
 
-# What a call is named where the pipeline names none.
-UNNAMED = "call"
 # Calls of one name at one timestep that are taken for branches of one step. More of them, as in a
 # benchmark loop, would hold a mask each.
 MAX_REPEATS = 16
@@ -42,60 +40,12 @@ class LayerLog:
     sparse_density: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
-    """What the pipeline and the timestep tell about one forward pass.
-
-    Attributes:
-        name: Name of the cache context.
-        index: Denoising step, where the cache context tells it.
-        total: Number of steps, where anything tells it.
-        value: The timestep; only read where the context does not tell both.
-        position: ``index``, else the place of the timestep among the scheduler's.
-    """
-
-    name: str | None
-    index: int | None
-    total: int | None
-    value: float | None
-    position: int | None
-
-    @property
-    def kind(self) -> tuple[int | None, bool]:
-        """What stays the same within one generation."""
-        return self.total, self.index is not None
-
-
-def _read(context: Any, timestep: Tensor | None, timesteps: tuple[float, ...] | None) -> _Moment:
-    name = getattr(context, "name", None)
-    index = getattr(context, "step_index", None)
-    total = getattr(context, "num_inference_steps", None)
-    if total is None and timesteps:
-        total = len(timesteps)
-    if index is not None and total is not None:
-        return _Moment(name, index, total, None, index)
-    if timestep is None:
-        raise RuntimeError(
-            "neither a cache context nor a timestep tells the denoising step; call the transformer "
-            "through its own forward with a timestep"
-        )
-    # This waits for the device. Wan 2.2 gives one timestep a token, 0 for the clean first frame:
-    # the largest is the step's.
-    value = float(timestep.max())
-    if index is not None:
-        return _Moment(name, index, total, value, index)
-    # Some pipelines cast the timestep to the dtype of the latents; others scale it, which leaves
-    # its place among the scheduler's unknown.
-    known = torch.tensor(timesteps or (), dtype=torch.float64).to(timestep.dtype).tolist()
-    return _Moment(name, None, total, value, known.index(value) if value in known else None)
-
-
 @dataclass(slots=True)
 class Branch:
     """One CFG branch of the current generation."""
 
     step: Step
-    moment: _Moment
+    moment: Moment
     # Text tokens and batch size, once known. These may differ between branches; masks of one do not
     # fit another.
     shape: tuple[int, int] | None
@@ -207,11 +157,11 @@ class Run:
         q: Tensor,
     ) -> Branch:
         fixed = (layout.grid, layout.order, q.dtype, q.device)
-        now = _read(self.context, timestep, timesteps)
+        now = Moment.read(self.context, timestep, timesteps)
         # Passes in which a step cache skipped every layer count as well.
         skipped, self._passes = self._passes[:-1], []
         for earlier, moment in skipped:
-            then = _read(earlier, moment, timesteps)
+            then = Moment.read(earlier, moment, timesteps)
             if self._is_restart(then):
                 # The cache outlived the generation before.
                 self._new_generation((fixed, then.kind))
@@ -220,7 +170,7 @@ class Run:
             self._new_generation((fixed, now.kind))
         return self._advance(now, (layout.text, q.shape[0]))
 
-    def _is_restart(self, now: _Moment) -> bool:
+    def _is_restart(self, now: Moment) -> bool:
         branch = self.branches.get(now.name or UNNAMED)
         if now.index is not None:
             if branch is None or branch.moment.index is None:
@@ -248,7 +198,7 @@ class Run:
         self.cache_bytes = 0
         self._signature = signature
 
-    def _advance(self, now: _Moment, shape: tuple[int, int] | None) -> Branch:
+    def _advance(self, now: Moment, shape: tuple[int, int] | None) -> Branch:
         if now.value is not None and not self.branches:
             self._first_value = now.value
         key = name = now.name or UNNAMED

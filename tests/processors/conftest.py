@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
 
 from dit_sparse.methods.adaspa import AdaSpa
@@ -136,3 +138,42 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
     monkeypatch.setattr(AdaSpa, "attend", spy)
     return seen
+
+
+@pytest.fixture(params=["fields", "named", "string", "none"])
+def context(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How much a pipeline tells: as WanPipeline, WanImageToVideo, before diffusers 0.41, or V2V."""
+
+    @contextmanager
+    def string(self: Any, name: str, **fields: Any) -> Any:
+        _set_cache_context(self, name)
+        yield
+        _set_cache_context(self, None)
+
+    @contextmanager
+    def named(self: Any, name: str, **fields: Any) -> Any:
+        _set_cache_context(self, CacheContext(name))
+        yield
+        _set_cache_context(self, None)
+
+    def none(self: Any, name: str, **fields: Any) -> Any:
+        return nullcontext()
+
+    replacement = {"string": string, "named": named, "none": none}.get(request.param)
+    if replacement is not None:
+        monkeypatch.setattr(WanTransformer3DModel, "cache_context", replacement)
+    return request.param
+
+
+@pytest.fixture
+def phases(calls: list[Call]) -> Callable[..., dict[str, list[str]]]:
+    """The phases so far of one layer by branch, in order."""
+
+    def of_layer(layer: int = 0) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for call in calls:
+            if call.layer == layer:
+                found.setdefault(call.step.branch, []).append(call.phase.value)
+        return found
+
+    return of_layer
