@@ -103,10 +103,10 @@ class _ForwardReader:
         binding = self.binding
         refuse_context_parallel(model)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        layout = binding.family.layout(model, arguments)
-        scope = binding.scope
-        scope.timestep = arguments.get("timestep")
-        scope.layout = [*layout.grid, layout.text, int(layout.order == "text_video")]
+        family, scope = binding.family, binding.scope
+        scope.timestep = family.timestep(arguments)
+        numbers, scope.positions = family.encode(model, arguments)
+        scope.layout = torch.tensor(numbers)
         if not torch.compiler.is_compiling():
             # Traced, this would happen after the pass and not before it.
             binding.run.begin_forward(scope.timestep)

@@ -14,7 +14,12 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.methods.base import Method
 from dit_sparse.processors.binding import Binding, binding_of
 from dit_sparse.processors.checks import check_bindable
-from dit_sparse.processors.family import find_family, list_families
+from dit_sparse.processors.family import (
+    find_family,
+    is_refused,
+    list_families,
+    refusal_of,
+)
 from dit_sparse.processors.one_liner import patch
 from dit_sparse.processors.report import Report, make_report
 
@@ -140,6 +145,9 @@ def enable_sparse_attention(
         return processor.install(target)
     models = [model for model in _modules(target) if find_family(model) is not None]
     if not models:
+        for model in _modules(target):
+            if is_refused(model):
+                raise ValueError(refusal_of(model))
         raise ValueError(
             f"no component of this {type(target).__name__} has an adapter; supported transformers "
             f"are {sorted(list_families())}, its components are "

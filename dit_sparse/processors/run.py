@@ -46,9 +46,9 @@ class Branch:
 
     step: Step
     moment: Moment
-    # Text tokens and batch size, once known. These may differ between branches; masks of one do not
-    # fit another.
-    shape: tuple[int, int] | None
+    # Text tokens before the video and in all, and batch size, once known. These may differ between
+    # branches; masks of one do not fit another.
+    shape: tuple[int, int, int] | None
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -120,6 +120,16 @@ class Run:
         self._last_layer = -1
         self._signature = None
 
+    def is_new_pass(self, layer: int) -> bool:
+        """Whether an attention call of ``layer`` now is the first one of a forward pass."""
+        # A context object belongs to one forward pass, so a new one is a new pass even where a step
+        # cache skipped the layers in between.
+        return (
+            self._current is None
+            or layer <= self._last_layer
+            or self.context is not self._forward_context
+        )
+
     def enter(
         self,
         layer: int,
@@ -137,13 +147,7 @@ class Run:
             timesteps: The distinct timesteps of this generation, where the pipeline is known.
             q: The layer's queries ``[batch, tokens, heads, dim]``.
         """
-        # A context object belongs to one forward pass, so a new one is a new pass even where a step
-        # cache skipped the layers in between.
-        if (
-            self._current is None
-            or layer <= self._last_layer
-            or self.context is not self._forward_context
-        ):
+        if self._current is None or self.is_new_pass(layer):
             self._current = self._begin_pass(timestep, layout, timesteps, q)
             self._forward_context = self.context
         self._last_layer = layer
@@ -168,7 +172,7 @@ class Run:
             self._advance(then, None)
         if (fixed, now.kind) != self._signature or self._is_restart(now):
             self._new_generation((fixed, now.kind))
-        return self._advance(now, (layout.text, q.shape[0]))
+        return self._advance(now, (layout.text_before, layout.text, q.shape[0]))
 
     def _is_restart(self, now: Moment) -> bool:
         branch = self.branches.get(now.name or UNNAMED)
@@ -198,7 +202,7 @@ class Run:
         self.cache_bytes = 0
         self._signature = signature
 
-    def _advance(self, now: Moment, shape: tuple[int, int] | None) -> Branch:
+    def _advance(self, now: Moment, shape: tuple[int, int, int] | None) -> Branch:
         if now.value is not None and not self.branches:
             self._first_value = now.value
         key = name = now.name or UNNAMED

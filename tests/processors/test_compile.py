@@ -155,7 +155,8 @@ def test_the_operator_is_registered_as_the_compiler_expects(wan: Any, inputs: An
         model(**inputs(500.0))
         site = sparse.bindings[0].sites[0]
         q = torch.randn(2, 2, 256, 12).transpose(1, 2)
-        arguments = (q, q, q, None, site.handle, torch.tensor([500.0]), [4, 8, 8, 0, 0], None)
+        now, layout = torch.tensor([500.0]), torch.tensor([4, 8, 8, 0, 0])
+        arguments = (q, q, q, None, site.handle, now, layout, None, None, False)
         torch.library.opcheck(
             torch.ops.dit_sparse.self_attention.default,
             arguments,
