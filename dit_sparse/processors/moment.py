@@ -66,7 +66,9 @@ class Moment:
         value = float(timestep.max())
         if index is not None:
             return cls(name, index, total, value, index)
-        # Some pipelines cast the timestep to the dtype of the latents; others scale it, which
-        # leaves its place among the scheduler's unknown.
+        # Some pipelines cast the timestep to the dtype of the latents; others scale it to [0, 1],
+        # which leaves its place among the scheduler's unknown: their first is 1, and 1 may be the
+        # scheduler's last.
         known = torch.tensor(timesteps or (), dtype=torch.float64).to(timestep.dtype).tolist()
-        return cls(name, None, total, value, known.index(value) if value in known else None)
+        is_place = value in known and (value > 1 or known[0] <= 1)
+        return cls(name, None, total, value, known.index(value) if is_place else None)

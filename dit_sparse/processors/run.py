@@ -160,7 +160,7 @@ class Run:
         timesteps: tuple[float, ...] | None,
         q: Tensor,
     ) -> Branch:
-        fixed = (layout.grid, layout.order, q.dtype, q.device)
+        fixed = (layout.grid, q.dtype, q.device)
         now = Moment.read(self.context, timestep, timesteps)
         # Passes in which a step cache skipped every layer count as well.
         skipped, self._passes = self._passes[:-1], []

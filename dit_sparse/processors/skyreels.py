@@ -15,8 +15,13 @@ class SkyReels(Wan):
     models = ("SkyReelsV2Transformer3DModel",)
 
     def noise_level(self, timestep: Tensor) -> Tensor:
-        # Asynchronous schedules keep the last frame at full noise for many steps; the mean falls.
-        return timestep.float().mean() if timestep.ndim == 2 else timestep
+        if timestep.ndim < 2:
+            return timestep
+        # Asynchronous schedules keep the last frame at full noise for many steps, in which the mean
+        # falls; the next window of a long video begins with clean frames and a low mean, but with
+        # the largest value again. Together they fall in every window and rise between windows.
+        levels = timestep.float()
+        return levels.max() + levels.mean() / 1000
 
     def refusal(self, model: Any) -> str | None:
         if model.config.num_frame_per_block > 1:

@@ -15,7 +15,10 @@ from dit_sparse.processors.refused import REFUSED
 # is tested by itself; the tests compare these lists with what they do.
 IN_PIPELINES: dict[str, tuple[str, ...]] = {
     "AllegroTransformer3DModel": ("AllegroPipeline",),
+    "AuraFlowTransformer2DModel": ("AuraFlowPipeline",),
+    "ChromaTransformer2DModel": ("ChromaPipeline",),
     "CogVideoXTransformer3DModel": ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+    "CogView4Transformer2DModel": ("CogView4Pipeline",),
     "FluxTransformer2DModel": ("FluxPipeline", "FluxKontextPipeline"),
     "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
     "LTXVideoTransformer3DModel": (
@@ -23,11 +26,14 @@ IN_PIPELINES: dict[str, tuple[str, ...]] = {
         "LTXImageToVideoPipeline",
         "LTXConditionPipeline",
     ),
+    "Lumina2Transformer2DModel": ("Lumina2Pipeline",),
     "MochiTransformer3DModel": ("MochiPipeline",),
     "PixArtTransformer2DModel": ("PixArtAlphaPipeline",),
     "QwenImageTransformer2DModel": ("QwenImagePipeline",),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline",),
+    "SkyReelsV2Transformer3DModel": ("SkyReelsV2DiffusionForcingPipeline",),
     "WanTransformer3DModel": ("WanPipeline", "WanImageToVideoPipeline"),
+    "ZImageTransformer2DModel": ("ZImagePipeline",),
 }
 COMPILED: tuple[str, ...] = (
     "CogVideoXTransformer3DModel",

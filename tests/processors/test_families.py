@@ -41,6 +41,17 @@ SIZES: list[Grid] = [
 ]
 
 
+# What pipelines call the timestep, and where it rises from noise to image.
+TIMESTEPS = {"HiDreamImageTransformer2DModel": "timesteps", "ZImageTransformer2DModel": "t"}
+RISING = {
+    "Ideogram4Transformer2DModel",
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "MochiTransformer3DModel",
+    "ZImageTransformer2DModel",
+}
+
+
 @functools.cache
 def build(tiny: Tiny) -> Any:
     # Every test leaves the model as it was.
@@ -157,6 +168,26 @@ class TestFamily:
                 assert coords[int(change.argmax())] == list(place)
                 if not tiny.mixes:
                     assert int((change > 0).sum()) == 1
+
+    def test_steps_are_told_by_the_timestep_alone(self, tiny: Tiny, calls: list[Call]) -> None:
+        """Two passes a step, as guidance makes them, without a pipeline or a cache context."""
+        name = TIMESTEPS.get(tiny.model, "timestep")
+        model = build(tiny)
+        with SparseProcessor("dense").install(model) as sparse:
+            for step in (*range(3), 0):
+                for seed in range(2):
+                    inputs = tiny.inputs(Draw(seed=seed), tiny.grid, tiny.batch)
+                    share = step / 3 if tiny.model in RISING else 1 - step / 3
+                    top = 1000.0 if inputs[name].max() > 1 else 1.0
+                    inputs[name] = torch.full_like(inputs[name], top * share)
+                    model(**inputs)
+            assert sparse.bindings[0].run.generation == 1
+        first = [call.step for call in calls if call.layer == 0]
+        assert [step.index for step in first] == [0, 0, 1, 1, 2, 2, 0, 0]
+        assert [step.generation for step in first] == [0] * 6 + [1] * 2
+        assert [step.branch for step in first] == ["call", "call#1"] * 4
+        noise = [step.progress for step in first[:6:2]]
+        assert noise == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-3)
 
     def test_the_layout_is_exact_for_any_shape(self, tiny: Tiny) -> None:
         model, rng = build(tiny), random.Random(1)

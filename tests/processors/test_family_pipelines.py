@@ -172,3 +172,18 @@ def test_a_scheduler_that_calls_twice_a_step(name: str, scheduler: str) -> None:
                 first if layer["branch"] == "call" else {"search": 1, "sparse": 2}
             )
         assert torch.equal(tiny.run(pipe, steps=4), alone)
+
+
+@pytest.mark.parametrize("ar_step", [0, 2])
+def test_windows_of_a_long_video_are_generations(ar_step: int) -> None:
+    """Diffusion forcing gives each frame a noise level, and windows begin with clean frames."""
+    tiny = next(tiny for tiny in PIPELINES if tiny.name.startswith("SkyReelsV2Diffusion"))
+    options = {"ar_step": ar_step, "overlap_history": 5, "base_num_frames": 9, "num_frames": 17}
+    pipe = tiny.build()
+    expected = tiny.run(pipe, steps=6, **options)
+    with enable_sparse_attention(pipe, "dense") as sparse:
+        assert torch.equal(tiny.run(pipe, steps=6, **options), expected)
+        # Three windows; the last has two new frames behind a clean one: six or eight passes.
+        assert sparse.bindings[0].run.generation == 2
+        steps = {sum(layer["phases"].values()) for layer in sparse.report().layers}
+        assert steps == {6}

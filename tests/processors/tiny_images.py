@@ -249,6 +249,21 @@ def hunyuan_dit(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     }
 
 
+AURAFLOW = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_mmdit_layers": 1,
+    "num_single_dit_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 8,
+    "out_channels": 4,
+    "pos_embed_max_size": 256,
+}
+
+
 def auraflow(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     return {
         "hidden_states": d.normal(batch, 4, 2 * grid[1], 2 * grid[2]),
@@ -280,6 +295,15 @@ def lumina_next(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     }
 
 
+LUMINA2 = LUMINA | {
+    "multiple_of": 2,
+    "num_refiner_layers": 1,
+    "axes_dim_rope": (4, 2, 2),
+    "axes_lens": (64, 64, 64),
+    "cap_feat_dim": 16,
+}
+
+
 def lumina2(d: Draw, grid: Grid, batch: int, lengths: tuple[int, ...] = (5, 3)) -> dict[str, Any]:
     return {
         "hidden_states": d.normal(batch, 4, 2 * grid[1], 2 * grid[2]),
@@ -288,6 +312,21 @@ def lumina2(d: Draw, grid: Grid, batch: int, lengths: tuple[int, ...] = (5, 3)) 
         # The model reads the lengths itself, so the mask has values on every device.
         "encoder_attention_mask": Draw().valid(*lengths[:batch], tokens=7).bool(),
     }
+
+
+Z_IMAGE = {
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 16,
+    "dim": 16,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "cap_feat_dim": 16,
+    "axes_dims": [8, 4, 4],
+    "axes_lens": [128, 64, 64],
+}
 
 
 def z_image(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
@@ -738,19 +777,7 @@ IMAGES = [
     ),
     image(
         "AuraFlowTransformer2DModel",
-        {
-            "sample_size": 32,
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_mmdit_layers": 1,
-            "num_single_dit_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "caption_projection_dim": 16,
-            "joint_attention_dim": 8,
-            "out_channels": 4,
-            "pos_embed_max_size": 256,
-        },
+        AURAFLOW,
         auraflow,
         (8 + 7, 0),
         sites=3,
@@ -763,14 +790,7 @@ IMAGES = [
     ),
     image(
         "Lumina2Transformer2DModel",
-        LUMINA
-        | {
-            "multiple_of": 2,
-            "num_refiner_layers": 1,
-            "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (64, 64, 64),
-            "cap_feat_dim": 16,
-        },
+        LUMINA2,
         lumina2,
         lambda grid, batch: (5, 0) if batch == 1 else (0, 5),
         mixes=True,
@@ -779,19 +799,7 @@ IMAGES = [
     ),
     image(
         "ZImageTransformer2DModel",
-        {
-            "all_patch_size": (2,),
-            "all_f_patch_size": (1,),
-            "in_channels": 16,
-            "dim": 16,
-            "n_layers": 2,
-            "n_refiner_layers": 1,
-            "n_heads": 1,
-            "n_kv_heads": 1,
-            "cap_feat_dim": 16,
-            "axes_dims": [8, 4, 4],
-            "axes_lens": [128, 64, 64],
-        },
+        Z_IMAGE,
         z_image,
         lambda grid, batch: (
             0,

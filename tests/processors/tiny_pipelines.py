@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from tiny_images import FLUX, QWEN, SD3
+from tiny_images import AURAFLOW, CHROMA, COGVIEW, FLUX, LUMINA2, QWEN, SD3, Z_IMAGE
 from tiny_models import Draw, randomize
 from tiny_videos import ALLEGRO, COGVIDEOX, HUNYUAN, LTX, MOCHI, WAN
 from torch import Tensor
@@ -172,6 +172,28 @@ def qwen(d: Draw, prompts: int) -> dict[str, Any]:
     return embeds | {
         "prompt_embeds_mask": d.valid(*(9 - i for i in range(prompts)), tokens=9),
         "negative_prompt_embeds_mask": d.valid(*[5] * prompts, tokens=5),
+    }
+
+
+def chroma(d: Draw, prompts: int) -> dict[str, Any]:
+    # The pipeline makes its mask of numbers and not of truth values.
+    return {key: value.float() for key, value in masked(d, prompts).items()}
+
+
+def lumina2(d: Draw, prompts: int) -> dict[str, Any]:
+    embeds = {
+        name: d.normal(prompts, 6, 16) for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    lengths = {"prompt_attention_mask": (5, 3), "negative_prompt_attention_mask": (2, 2)}
+    return embeds | {
+        name: d.valid(*values[:prompts], tokens=6).bool() for name, values in lengths.items()
+    }
+
+
+def z_image(d: Draw, prompts: int) -> dict[str, Any]:
+    return {
+        "prompt_embeds": [d.normal(5 + 30 * i, 16) for i in range(prompts)],
+        "negative_prompt_embeds": [d.normal(3, 16) for _ in range(prompts)],
     }
 
 
@@ -420,5 +442,60 @@ PIPELINES = [
         options={"use_resolution_binning": False, "negative_prompt": None},
         per_prompt="num_images_per_prompt",
         repeats=True,
+    ),
+    TinyPipeline(
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2Transformer3DModel",
+        WAN | {"in_channels": 16, "out_channels": 16},
+        plain,
+        (pixels(128, 96, num_frames=13), pixels(96, 160, num_frames=9)),
+        UNIPC,
+        options={"prompt": None},
+        repeats=True,
+    ),
+    TinyPipeline(
+        "ChromaPipeline",
+        "ChromaTransformer2DModel",
+        CHROMA,
+        chroma,
+        (pixels(256, 192), pixels(160, 256)),
+        branches=("call", "call#1"),
+        per_prompt="num_images_per_prompt",
+    ),
+    TinyPipeline(
+        "Lumina2Pipeline",
+        "Lumina2Transformer2DModel",
+        LUMINA2,
+        lumina2,
+        (pixels(256, 192), pixels(160, 256)),
+        branches=("call", "call#1"),
+        options={"negative_prompt": None},
+        per_prompt="num_images_per_prompt",
+    ),
+    TinyPipeline(
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        Z_IMAGE,
+        z_image,
+        (pixels(256, 192), pixels(160, 256)),
+        branches=("call",),
+        per_prompt="num_images_per_prompt",
+    ),
+    TinyPipeline(
+        "AuraFlowPipeline",
+        "AuraFlowTransformer2DModel",
+        AURAFLOW,
+        masked,
+        (pixels(256, 192), pixels(160, 256)),
+        branches=("call",),
+        per_prompt="num_images_per_prompt",
+    ),
+    TinyPipeline(
+        "CogView4Pipeline",
+        "CogView4Transformer2DModel",
+        COGVIEW,
+        plain,
+        (pixels(256, 192), pixels(160, 256)),
+        per_prompt="num_images_per_prompt",
     ),
 ]
