@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import (
     FusedCogVideoXAttnProcessor2_0,
+    MochiAttnProcessor2_0,
     SD3IPAdapterJointAttnProcessor2_0,
 )
 from diffusers.models.modeling_utils import ModelMixin
@@ -22,12 +23,16 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVParallelSelfAttnProcessor,
 )
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15AttnProcessor2_0,
+)
 from tiny_models import Draw, Tiny, randomize, tiny_models
 from torch import Tensor, nn
 
 from dit_sparse import SparseProcessor, TokenLayout, enable_sparse_attention, list_families
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
+from dit_sparse.processors import site
 from dit_sparse.processors.family import find_family, refusal_of
 from dit_sparse.processors.refused import REFUSED
 
@@ -189,6 +194,35 @@ def test_fused_projections_before_binding() -> None:
             "SparseFusedCogVideoXAttnProcessor2_0"
         )
         assert sparse.bindings[0].sites[0].original.__class__ is FusedCogVideoXAttnProcessor2_0
+
+
+class TestProcessorsOfOurOwn:
+    @pytest.mark.parametrize(
+        "upstream",
+        [HunyuanVideo15AttnProcessor2_0, MochiAttnProcessor2_0],
+        ids=lambda k: k.__name__,
+    )
+    def test_parameters_are_those_of_upstream(self, upstream: type) -> None:
+        (own,) = filter(None, (f.explicit_call(upstream) for f in list_families().values()))
+        expected = inspect.signature(upstream.__call__).parameters
+        found = inspect.signature(own).parameters
+        assert list(found) == list(expected)
+        assert [p.default for p in found.values()] == [p.default for p in expected.values()]
+
+    def test_hunyuan_15_makes_no_square_mask(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes: list[Any] = []
+        read = site.read_mask
+
+        def spy(mask: Tensor, *rest: Any) -> Any:
+            shapes.append(tuple(mask.shape))
+            return read(mask, *rest)
+
+        monkeypatch.setattr(site, "read_mask", spy)
+        tiny = TINY["HunyuanVideo15Transformer3DModel"]
+        model = tiny.build()
+        with SparseProcessor("full").install(model):
+            model(**inputs_of(tiny))
+        assert shapes == [(2, 1, 1, 24 + 13)] * 2
 
 
 class TestLayersThatSeeOtherTokens:
