@@ -72,7 +72,7 @@ def read_mask(
         row = mask[:, 0, layout.video_start].expand(batch, -1)
         return MaskReading(valid=row) if mask.dtype == torch.bool else MaskReading(weights=row)
     raise NotImplementedError(
-        f"{name}: sparse attention takes a padding mask, bool [batch, 1, 1, {tokens}], got "
+        f"{name}: sparse attention takes a padding mask, bool [batch, 1, 1, tokens], got "
         f"{mask.dtype} {shape}"
     )
 
