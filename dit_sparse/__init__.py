@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "SparseProcessor": "processors.processor",
     "enable_sparse_attention": "processors.processor",
+    "disable_sparse_attention": "processors.processor",
     "SparseConfig": "config",
     "Method": "methods.base",
     "AdaSpa": "methods.adaspa",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dit_sparse.methods.base import Method as Method
     from dit_sparse.processors.family import list_families as list_families
     from dit_sparse.processors.processor import SparseProcessor as SparseProcessor
+    from dit_sparse.processors.processor import disable_sparse_attention as disable_sparse_attention
     from dit_sparse.processors.processor import enable_sparse_attention as enable_sparse_attention
     from dit_sparse.processors.report import Report as Report
     from dit_sparse.schedule import Phase as Phase
@@ -47,9 +49,6 @@ def __getattr__(name: str) -> Any:
     # Exports load on first use, so that importing a kernel does not import diffusers.
     if name not in _EXPORTS:
         raise AttributeError(f"module 'dit_sparse' has no attribute {name!r}")
-    if name == "SparseProcessor":
-        # Whoever can name SparseProcessor may pass it to set_attn_processor.
-        importlib.import_module("dit_sparse.processors.one_liner").patch()
     value = getattr(importlib.import_module(f"dit_sparse.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""The command line: `dit-sparse compare` and `dit-sparse methods`.
+"""The command line: `dit-sparse compare`, `dit-sparse methods` and `dit-sparse families`.
 
 torch and diffusers take seconds to import, so every command imports them itself and `--help` does
 not.
@@ -284,14 +284,14 @@ def _tables(result: Comparison) -> list[Any]:
 
 @app.command()
 def methods() -> None:
-    """List the sparse methods with their options, and the supported transformers."""
+    """List the sparse methods with their options."""
     import dataclasses
     import inspect
 
     from rich.table import Table
     from rich.text import Text
 
-    from dit_sparse import list_families, list_methods
+    from dit_sparse import list_methods
 
     table = Table(title="Methods", title_justify="left")
     for column in ("name", "what it does", "options and defaults"):
@@ -300,10 +300,38 @@ def methods() -> None:
         options = "\n".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
         table.add_row(Text(name), Text(summary), Text(options))
+    _stdout().print(table)
+
+
+@app.command()
+def families(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/families.md instead.")
+    ] = False,
+) -> None:
+    """List the transformers that sparse attention runs on, and those it refuses with the reason."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dit_sparse.processors.refused import REFUSED
+    from dit_sparse.processors.table import family_rows, to_markdown
+
+    if markdown:
+        sys.stdout.write(to_markdown())
+        return
+    supported = Table(title="Transformers", title_justify="left")
+    for column in ("class", "tokens of its self-attention", "set_attn_processor"):
+        supported.add_column(column)
+    for row in family_rows():
+        supported.add_row(row.model, Text(row.tokens), "yes" if row.has_method else "no")
+    refused = Table(title="Refused", title_justify="left")
+    for column in ("class", "why"):
+        refused.add_column(column)
+    for model, reason in sorted(REFUSED.items()):
+        refused.add_row(model, Text(reason))
     console = _stdout()
-    console.print(table)
-    families = ", ".join(sorted(list_families()))
-    console.print(f"Transformers of these classes: {families}", markup=False, highlight=False)
+    console.print(supported)
+    console.print(refused)
 
 
 if __name__ == "__main__":

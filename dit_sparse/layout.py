@@ -18,8 +18,12 @@ class TokenLayout:
     Attributes:
         grid: Video tokens along (frames, height, width), row-major with width fastest; one frame
             for an image.
-        text: Text tokens joined to the video tokens; 0 where text has its own cross-attention.
-        order: Whether the text stands after or before the video.
+        text: Tokens joined to the video tokens that stay exact: text, and whatever else a model
+            puts beside the grid (reference images, history, registers, padding). 0 where text has
+            its own cross-attention.
+        order: Whether the text stands after or before the video, or on both sides.
+        text_before: Text tokens in front of the video. Given only with the order ``"split"``; the
+            other orders imply it.
 
     Raises:
         ValueError: If a count is impossible or the order is unknown.
@@ -27,7 +31,8 @@ class TokenLayout:
 
     grid: tuple[int, int, int]
     text: int = 0
-    order: Literal["video_text", "text_video"] = "video_text"
+    order: Literal["video_text", "text_video", "split"] = "video_text"
+    text_before: int = -1
 
     def __post_init__(self) -> None:
         if len(self.grid) != 3 or min(self.grid) < 1:
@@ -36,8 +41,38 @@ class TokenLayout:
             )
         if self.text < 0:
             raise ValueError(f"text must be a number of tokens, 0 or more, got {self.text}")
-        if self.order not in ("video_text", "text_video"):
-            raise ValueError(f"order must be 'video_text' or 'text_video', got {self.order!r}")
+        if self.order not in ("video_text", "text_video", "split"):
+            raise ValueError(
+                f"order must be 'video_text', 'text_video' or 'split', got {self.order!r}"
+            )
+        if self.order == "split":
+            # Text on one side only has an order of its own: equal layouts must compare equal.
+            if not 0 < self.text_before < self.text:
+                raise ValueError(
+                    f"the order 'split' has text on both sides of the video, got {self.text_before}"
+                    f" of {self.text} tokens before it; use 'video_text' or 'text_video'"
+                )
+            return
+        implied = self.text if self.order == "text_video" else 0
+        if self.text_before not in (-1, implied):
+            raise ValueError(
+                f"text_before goes with the order 'split', got {self.text_before} with "
+                f"{self.order!r}"
+            )
+        object.__setattr__(self, "text_before", implied)
+
+    @classmethod
+    def around(cls, grid: tuple[int, int, int], before: int = 0, after: int = 0) -> TokenLayout:
+        """A grid with ``before`` text tokens in front of it and ``after`` behind it.
+
+        Raises:
+            ValueError: If a count is negative.
+        """
+        if before < 0 or after < 0:
+            raise ValueError(f"text before and after must be 0 or more tokens, got {before, after}")
+        if before and after:
+            return cls(grid, before + after, "split", before)
+        return cls(grid, before + after, "text_video" if before else "video_text")
 
     @property
     def video(self) -> int:
@@ -52,7 +87,7 @@ class TokenLayout:
     @property
     def video_start(self) -> int:
         """Position of the first video token."""
-        return self.text if self.order == "text_video" else 0
+        return self.text_before
 
     def coords(self) -> Tensor:
         """(frame, row, column) of every token, ``[tokens, 3]`` int64; -1 on text."""
@@ -112,9 +147,9 @@ def _tile_ordering(layout: TokenLayout, tile: tuple[int, ...]) -> Ordering:
     for axis in range(3):
         rank = rank * tile[axis] + within[:, axis]
     video_order = layout.video_start + torch.argsort(rank)
-    text_start = 0 if layout.order == "text_video" else layout.video
-    text = torch.arange(text_start, text_start + layout.text)
-    return Ordering.from_perm(torch.cat([video_order, text]))
+    before = torch.arange(layout.text_before)
+    after = torch.arange(layout.text_before + layout.video, layout.tokens)
+    return Ordering.from_perm(torch.cat([video_order, before, after]))
 
 
 @lru_cache(maxsize=64)

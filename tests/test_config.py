@@ -48,6 +48,8 @@ def test_saved_form_is_versioned_and_readable(tmp_path: Path) -> None:
         "method": {"name": "full", "block": 128},
         "dense_layers": [],
         "impl": "auto",
+        "dense_padding": "keep",
+        "strict": False,
     }
 
 
@@ -73,6 +75,7 @@ def good() -> dict[str, Any]:
         ({"method": {"name": "adaspo"}}, ["'adaspo'", "Did you mean 'adaspa'", *list_methods()]),
         ({"method": {}}, ["method must be one of", *list_methods()]),
         ({"method": "adaspa"}, ["'method'", "{'name': ...}"]),
+        ({"dense_padding": "drop"}, ["dense_padding must be 'keep' or 'trim'", "'drop'"]),
         ({"impl": "cuda"}, ["impl must be 'auto' or one of", "reference", "cpu", "'cuda'"]),
         ({"dense_layers": [-1]}, ["dense_layers must be ints >= 0", "-1"]),
         ({"method": {"name": "adaspa", "sparsity": 1.0}}, ["[0, 1)", "1.0"]),

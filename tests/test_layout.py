@@ -15,7 +15,7 @@ from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
 Order = Literal["video_text", "text_video"]
 ORDERS: tuple[Order, ...] = ("video_text", "text_video")
 axes = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7))
-layouts = st.builds(TokenLayout, axes, st.integers(0, 9), st.sampled_from(ORDERS))
+layouts = st.builds(TokenLayout.around, axes, st.integers(0, 9), st.integers(0, 9))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -28,6 +28,24 @@ def test_coords_are_row_major_with_width_fastest(order: Order) -> None:
     assert layout.coords().dtype == torch.int64
     assert (layout.video, layout.tokens) == (24, 29)
     assert layout.video_start == (5 if order == "text_video" else 0)
+
+
+def test_text_may_stand_on_both_sides() -> None:
+    layout = TokenLayout((1, 2, 2), 5, "split", 2)
+    assert layout == TokenLayout.around((1, 2, 2), before=2, after=3)
+    assert (layout.video_start, layout.tokens) == (2, 9)
+    assert (layout.coords()[:, 0] >= 0).tolist() == [False] * 2 + [True] * 4 + [False] * 3
+    # Video first, then the text in its own order.
+    assert layout.ordering((1, 1, 2)).perm.tolist() == [2, 3, 4, 5, 0, 1, 6, 7, 8]
+
+
+def test_equal_layouts_are_one_value_however_they_are_written() -> None:
+    grid = (1, 2, 2)
+    assert TokenLayout.around(grid, before=3) == TokenLayout(grid, 3, "text_video")
+    assert TokenLayout.around(grid, after=3) == TokenLayout(grid, 3, "video_text")
+    assert TokenLayout.around(grid) == TokenLayout(grid)
+    assert hash(TokenLayout(grid, 3, "text_video", 3)) == hash(TokenLayout(grid, 3, "text_video"))
+    assert TokenLayout(grid, 3, "text_video") != TokenLayout(grid, 3)
 
 
 def test_tile_order_of_a_small_grid_is_exact() -> None:
@@ -112,11 +130,19 @@ def test_from_perm_inverts() -> None:
         (((2, 2),), "grid must be"),
         (((1, 2, 2), -1), "text must be"),
         (((1, 2, 2), 0, "text_first"), "order must be"),
+        (((1, 2, 2), 3, "split"), "both sides"),
+        (((1, 2, 2), 3, "split", 3), "both sides"),
+        (((1, 2, 2), 3, "text_video", 2), "text_before goes with"),
     ],
 )
 def test_impossible_layouts_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenLayout(*arguments)
+
+
+def test_negative_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="before and after must be"):
+        TokenLayout.around((1, 2, 2), before=-1, after=2)
 
 
 @pytest.mark.parametrize("tile", [(2, 2), (0, 2, 2), (1, 1, 1, 1)])

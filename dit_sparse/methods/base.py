@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -119,7 +119,7 @@ class Call:
         moved = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
         moved.q, moved.k, moved.v = (order.apply(x) for x in (self.q, self.k, self.v))
         moved.key_valid = None if self.key_valid is None else order.apply(self.key_valid)
-        moved.layout = replace(self.layout, order="video_text")
+        moved.layout = TokenLayout(self.layout.grid, self.layout.text)
         return moved
 
     def part(self, rows: Tensor | None = None, heads: slice | None = None) -> Call:

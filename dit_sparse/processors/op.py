@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dit_sparse.layout import TokenLayout
-
 if TYPE_CHECKING:
-    from dit_sparse.processors.binding import Site
+    from dit_sparse.processors.site import Site
 
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -44,8 +42,10 @@ def self_attention(
     attn_mask: Tensor | None,
     site: Tensor,
     timestep: Tensor | None,
-    layout: list[int],
+    layout: Tensor,
+    positions: Tensor | None,
     scale: float | None,
+    sdpa: bool,
 ) -> Tensor:
     """Self-attention ``[batch, tokens, heads, dim]`` of the site that ``site`` names.
 
@@ -53,11 +53,15 @@ def self_attention(
         q: Queries ``[batch, tokens, heads, dim]``.
         k: Keys, same shape.
         v: Values, same shape.
-        attn_mask: The model's own mask: None or bool ``[batch, 1, 1, tokens]``.
+        attn_mask: The model's own mask, see :func:`dit_sparse.processors.masks.read_mask`.
         site: Handle from :func:`register_site`.
-        timestep: The transformer's timestep argument.
-        layout: Grid (frames, height, width), text tokens, 1 if the text comes first.
+        timestep: Falls during a generation.
+        layout: Numbers from :meth:`Family.encode`, int64 on the CPU. A tensor for the same reason
+            as the site: ints would make graphs of their own for every resolution.
+        positions: Position ids of packed families, which hold the grid in their values.
         scale: Factor on the scores.
+        sdpa: Whether the model calls scaled_dot_product_attention itself and not diffusers'
+            dispatcher; dense steps do as it does.
     """
     owner = _sites.get(int(site))
     if owner is None:
@@ -65,10 +69,9 @@ def self_attention(
             "this sparse attention site no longer exists: its processor was removed while a "
             "compiled graph still calls it; call torch.compiler.reset() and compile again"
         )
-    tokens = TokenLayout(
-        (layout[0], layout[1], layout[2]), layout[3], "text_video" if layout[4] else "video_text"
-    )
-    return owner.attend(q, k, v, attn_mask, timestep, tokens, scale).contiguous()
+    return owner.attend(
+        q, k, v, attn_mask, timestep, layout.tolist(), positions, scale, sdpa
+    ).contiguous()
 
 
 @self_attention.register_fake
@@ -79,7 +82,9 @@ def _(
     attn_mask: Tensor | None,
     site: Tensor,
     timestep: Tensor | None,
-    layout: list[int],
+    layout: Tensor,
+    positions: Tensor | None,
     scale: float | None,
+    sdpa: bool,
 ) -> Tensor:
     return q.new_empty(q.shape)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from dit_sparse.config import SparseConfig
 from dit_sparse.methods.base import Method
 from dit_sparse.processors.binding import Binding, binding_of
-from dit_sparse.processors.family import find_family, list_families
+from dit_sparse.processors.checks import check_bindable
+from dit_sparse.processors.family import (
+    find_family,
+    is_refused,
+    list_families,
+    refusal_of,
+)
+from dit_sparse.processors.one_liner import patch
 from dit_sparse.processors.report import Report, make_report
 
 
@@ -42,6 +51,7 @@ class SparseProcessor:
     ) -> None:
         self.config = _as_config(config, options)
         self.bindings: list[Binding] = []
+        self._last_report = make_report([])
 
     def install(self, model: nn.Module, pipeline: Any = None) -> SparseProcessor:
         """Binds ``model``, replacing any sparse attention that is on it.
@@ -53,14 +63,20 @@ class SparseProcessor:
             pipeline: The pipeline around it, whose scheduler tells the number of steps.
 
         Raises:
-            ValueError: If there is no adapter for the model, or a setting does not fit it.
+            ValueError: If there is no adapter for the model, or a setting does not fit it. The
+                model is then as it was.
+            NotImplementedError: If the model cannot run it as it is set up.
         """
+        model = unwrap_module(model)
+        check_bindable(model, self.config)
         release(model)
         self.bindings.append(Binding(model, self.config, pipeline, owner=self))
         return self
 
     def remove(self) -> None:
         """Restores the identical original processors on every model. Idempotent."""
+        if self.bindings:
+            self._last_report = self.report()
         for binding in self.bindings:
             binding.remove()
         self.bindings = []
@@ -71,8 +87,16 @@ class SparseProcessor:
             binding.run.end_generation()
 
     def report(self) -> Report:
-        """What happened in the last generation, over all bound models."""
-        return make_report(self.bindings)
+        """What happened in the last generation, over all bound models; also after removal."""
+        return make_report(self.bindings) if self.bindings else self._last_report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Not an attention processor of a single module: always raises TypeError."""
+        raise TypeError(
+            "a SparseProcessor stands for the sparse attention of a whole model and was set on a "
+            "single attention module; pass it to model.set_attn_processor(), or use "
+            "enable_sparse_attention(model)"
+        )
 
     def __enter__(self) -> SparseProcessor:
         return self
@@ -119,26 +143,48 @@ def enable_sparse_attention(
     processor = SparseProcessor(config, **options)
     if isinstance(target, nn.Module):
         return processor.install(target)
-    components = getattr(target, "components", None)
-    if not isinstance(components, dict):
-        raise ValueError(
-            "enable_sparse_attention takes a diffusers pipeline or transformer, got "
-            f"{type(target).__name__}"
-        )
-    models = [
-        component
-        for component in components.values()
-        if isinstance(component, nn.Module) and find_family(component) is not None
-    ]
+    models = [model for model in _modules(target) if find_family(model) is not None]
     if not models:
+        for model in _modules(target):
+            if is_refused(model):
+                raise ValueError(refusal_of(model))
         raise ValueError(
             f"no component of this {type(target).__name__} has an adapter; supported transformers "
             f"are {sorted(list_families())}, its components are "
-            f"{sorted(type(c).__name__ for c in components.values() if c is not None)}"
+            f"{sorted(type(c).__name__ for c in target.components.values() if c is not None)}"
         )
-    for model in models:
-        processor.install(model, target)
+    try:
+        for model in models:
+            processor.install(model, target)
+    except Exception:
+        # One expert of two would be worse than none.
+        processor.remove()
+        raise
     return processor
+
+
+def disable_sparse_attention(target: Any) -> None:
+    """Restores the original processors, wherever sparse attention was put on from.
+
+    Args:
+        target: A transformer or a diffusers pipeline; without sparse attention nothing happens.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    for model in [target] if isinstance(target, nn.Module) else _modules(target):
+        release(unwrap_module(model))
+
+
+def _modules(pipeline: Any) -> Iterator[nn.Module]:
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise ValueError(
+            f"expected a diffusers pipeline or transformer, got {type(pipeline).__name__}"
+        )
+    for component in components.values():
+        if isinstance(component, nn.Module):
+            yield unwrap_module(component)
 
 
 def _as_config(config: Any, options: dict[str, Any]) -> SparseConfig:
@@ -161,3 +207,8 @@ def _as_config(config: Any, options: dict[str, Any]) -> SparseConfig:
         "config must be a method name, a Method, a SparseConfig, a path to one or None, got "
         f"{config!r}"
     )
+
+
+# Whoever can name SparseProcessor may pass it to set_attn_processor, and Python looks that method
+# up before it makes the argument.
+patch(SparseProcessor, release)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 from dit_sparse.processors.binding import Binding
@@ -23,8 +24,19 @@ class Report:
         search_seconds: The searches' part of it.
         cache_bytes: Most memory held between steps for masks and statistics.
         kernels: Calls by the implementation that computed them; ``"own"`` is the model's.
-        layers: One entry per layer and branch: ``layer, name, branch, phases, last_phase, kernels,
-            head_density`` (mean over its sparse calls, a list over heads, or None).
+        layers: One entry per layer and branch, by model, branch and layer. Its keys:
+
+            * ``layer``: index of the self-attention layer in execution order;
+            * ``name``: its module;
+            * ``model``: number of the bound model, 1 for the second expert;
+            * ``branch``: CFG branch;
+            * ``phases``: calls by phase, e.g. ``{"dense": 9, "search": 1, "sparse": 40}``;
+            * ``last_phase``: that of the last call;
+            * ``kernels``: calls by the implementation that computed them;
+            * ``head_density``: achieved density of each head, a list, mean over its sparse calls;
+              None if there was none;
+            * ``search_seconds``: time in its searches;
+            * ``cache_bytes``: most memory held for it between steps.
     """
 
     density: float
@@ -38,50 +50,94 @@ class Report:
     layers: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        kernels = ", ".join(f"{name} x{count}" for name, count in sorted(self.kernels.items()))
         return (
             f"density {self.density:.3f} ({self.sparse_density:.3f} on sparse calls), "
             f"{self.dense_steps} dense and {self.sparse_steps} sparse steps, attention "
             f"{self.attention_seconds:.3f} s (search {self.search_seconds:.3f} s), "
-            f"{self.cache_bytes / 2**20:.1f} MiB kept, calls by {kernels or 'nothing yet'}"
+            f"{self.cache_bytes / 2**20:.1f} MiB kept, calls by "
+            f"{_counts(self.kernels) or 'nothing yet'}"
         )
+
+    def table(self, width: int = 120) -> str:
+        """The summary, and the layers as a table with a row per layer and branch; print it.
+
+        Args:
+            width: Columns to fill at most.
+        """
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for name in ("layer", "branch", "calls", "kernels", "density", "density of heads, %"):
+            table.add_column(name, overflow="fold")
+        for name in ("search ms", "KiB"):
+            table.add_column(name, justify="right")
+        models = len({entry["model"] for entry in self.layers})
+        for entry in self.layers:
+            heads = entry["head_density"]
+            prefix = f"{entry['model']}: " if models > 1 else ""
+            table.add_row(
+                prefix + entry["name"],
+                entry["branch"],
+                _counts(entry["phases"]),
+                _counts(entry["kernels"]),
+                "-" if heads is None else f"{sum(heads) / len(heads):.3f}",
+                "-" if heads is None else " ".join(f"{100 * head:.0f}" for head in heads),
+                f"{1e3 * entry['search_seconds']:.2f}",
+                f"{entry['cache_bytes'] / 1024:.1f}",
+            )
+        console = Console(file=StringIO(), width=width, force_terminal=False)
+        console.print(str(self), highlight=False)
+        console.print(table)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
 
 
 def make_report(bindings: Sequence[Binding]) -> Report:
     """Reads the logs of ``bindings``; waits for the device."""
+    # An expert that the last generation did not reach still holds the log of the one before.
+    latest = max((binding.run.began for binding in bindings), default=-1)
+    runs = [b.run for b in bindings if b.run.ended < b.run.began or b.run.ended > latest]
     layers: list[dict[str, Any]] = []
     kernels: Counter[str] = Counter()
     calls = sparse_calls = 0
     kept = 0.0
-    for binding in bindings:
+    for number, binding in enumerate(bindings):
+        if binding.run not in runs:
+            continue
         for (branch, layer), entry in sorted(binding.run.log.items()):
-            sparse = entry.phases["sparse"] + entry.phases["refresh"]
             density = None
-            if entry.sparse_density is not None and sparse:
-                density = (entry.sparse_density / sparse).tolist()
-                kept += sum(density) / len(density) * sparse
+            if entry.sparse_density is not None:
+                density = (entry.sparse_density / entry.sparse_calls).tolist()
+                kept += sum(density) / len(density) * entry.sparse_calls
             calls += entry.phases.total()
-            sparse_calls += sparse
+            sparse_calls += entry.sparse_calls
             kernels.update(entry.kernels)
             layers.append(
                 {
                     "layer": layer,
                     "name": binding.sites[layer].name,
+                    "model": number,
                     "branch": branch,
                     "phases": dict(entry.phases),
                     "last_phase": entry.last_phase,
                     "kernels": dict(entry.kernels),
                     "head_density": density,
+                    "search_seconds": entry.search_watch.seconds(),
+                    "cache_bytes": entry.cache_bytes,
                 }
             )
     return Report(
         density=(calls - sparse_calls + kept) / calls if calls else 1.0,
         sparse_density=kept / sparse_calls if sparse_calls else 1.0,
-        dense_steps=sum(len(b.run.dense_steps - b.run.sparse_steps) for b in bindings),
-        sparse_steps=sum(len(b.run.sparse_steps) for b in bindings),
-        attention_seconds=sum(b.run.attention_watch.seconds() for b in bindings),
-        search_seconds=sum(b.run.search_watch.seconds() for b in bindings),
-        cache_bytes=sum(max(b.run.cache_bytes, b.run.held_bytes()) for b in bindings),
+        dense_steps=sum(len(run.dense_steps - run.sparse_steps) for run in runs),
+        sparse_steps=sum(len(run.sparse_steps) for run in runs),
+        attention_seconds=sum(run.attention_watch.seconds() for run in runs),
+        search_seconds=sum(entry["search_seconds"] for entry in layers),
+        cache_bytes=sum(max(run.cache_bytes, run.held_bytes()) for run in runs),
         kernels=dict(kernels),
         layers=layers,
     )

@@ -6,6 +6,7 @@ branch and layer; it is emptied with every new generation.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call, Stopwatch
+from dit_sparse.processors.moment import UNNAMED, Moment
 from dit_sparse.schedule import Phase, Step
+
+# Calls of one name at one timestep that are taken for branches of one step. More of them, as in a
+# benchmark loop, would hold a mask each.
+MAX_REPEATS = 16
+_clock = itertools.count()
 
 
 @dataclass(slots=True)
@@ -25,7 +32,11 @@ class LayerLog:
     phases: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     last_phase: str = ""
-    # Per head, summed over calls; stays on the device until a report is asked for.
+    search_watch: Stopwatch = field(default_factory=Stopwatch)
+    cache_bytes: int = 0
+    # Sparse calls, and their density per head summed; it stays on the device until a report is
+    # asked for.
+    sparse_calls: int = 0
     sparse_density: Tensor | None = None
 
 
@@ -34,8 +45,10 @@ class Branch:
     """One CFG branch of the current generation."""
 
     step: Step
-    timestep: float | None
-    step_index: int | None
+    moment: Moment
+    # Text tokens before the video and in all, and batch size, once known. These may differ between
+    # branches; masks of one do not fit another.
+    shape: tuple[int, int, int] | None
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -43,9 +56,10 @@ class Run:
     """Follows the generations of one bound model from inside its attention calls.
 
     Nothing is counted by calls: caches skip layers and whole steps. A forward pass begins where the
-    layer index does not increase. Within it the step comes from the pipeline's cache context where
-    that is filled, else from the timestep: lower is the next step, equal another branch of the same
-    step, higher a new generation.
+    model's pre-hook says so; where the whole model is compiled that is not seen, and it begins
+    where the layer index does not increase or the cache context is another. The step comes from the
+    pipeline's cache context where that is filled, else from the timestep: lower is the next step,
+    equal another branch of the same step, higher a new generation.
     """
 
     def __init__(self) -> None:
@@ -53,125 +67,167 @@ class Run:
         self.branches: dict[str, Branch] = {}
         self.log: dict[tuple[str, int], LayerLog] = {}
         self.attention_watch = Stopwatch()
-        self.search_watch = Stopwatch()
-        self.layout: TokenLayout | None = None
         # The pipeline's cache context: set and cleared around each transformer call.
         self.context: Any = None
         self.dense_steps: set[int] = set()
         self.sparse_steps: set[int] = set()
         self.cache_bytes = 0
+        # Generations of one step in a row, each ended by the next: a sign that steps are not seen.
+        self.lone_steps = 0
+        # When the generation began and ended, on a clock that all runs share.
+        self.began = self.ended = -1
+        self._is_inside_forward = False
+        # Forward passes since the last attention call: context and timestep, not yet read.
+        self._passes: list[tuple[Any, Tensor | None]] = []
         self._current: Branch | None = None
         self._last_layer = -1
         self._forward_context: Any = None
-        self._first_timestep = 0.0
+        self._first_value = 0.0
         self._signature: tuple[Any, ...] | None = None
-        self._ended = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         # A copied model starts its own generations; masks of the original are not its own.
         return Run()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no generation is under way: none has begun, or the last one has ended."""
+        return self._signature is None
+
+    def begin_forward(self, timestep: Tensor | None) -> None:
+        """Notes that a forward pass of the model begins, with its timestep argument."""
+        if self._is_inside_forward:
+            # The last one was interrupted, so whatever comes now is another generation.
+            self.end_generation()
+        self._is_inside_forward = True
+        self._current = None
+        self._passes.append((self.context, timestep))
+
+    def finish_forward(self) -> None:
+        """Notes that the forward pass has come to its end."""
+        self._is_inside_forward = False
+        if self.is_idle:
+            self._passes = []
+
     def end_generation(self) -> None:
         """Drops everything kept between steps. The log stays until the next generation begins."""
         self.cache_bytes = max(self.cache_bytes, self.held_bytes())
         self.branches = {}
+        if not self.is_idle:
+            self.ended = next(_clock)
+        self._passes = []
         self._current = None
         self._last_layer = -1
         self._signature = None
-        self._ended = True
+
+    def is_new_pass(self, layer: int) -> bool:
+        """Whether an attention call of ``layer`` now is the first one of a forward pass."""
+        # A context object belongs to one forward pass, so a new one is a new pass even where a step
+        # cache skipped the layers in between.
+        return (
+            self._current is None
+            or layer <= self._last_layer
+            or self.context is not self._forward_context
+        )
 
     def enter(
         self,
         layer: int,
         timestep: Tensor | None,
         layout: TokenLayout,
-        total: int | None,
-        shape: Any,
+        timesteps: tuple[float, ...] | None,
+        q: Tensor,
     ) -> Branch:
-        """The branch that the attention call of ``layer`` belongs to."""
-        # A context object belongs to one forward pass, so a new one is a new pass even where a step
-        # cache skipped the layers in between.
-        if (
-            self._current is None
-            or layer <= self._last_layer
-            or self.context is not self._forward_context
-        ):
-            self._current = self._begin_forward(timestep, layout, total, shape)
+        """The branch that the attention call of ``layer`` belongs to.
+
+        Args:
+            layer: Index of the layer.
+            timestep: The model's timestep argument.
+            layout: The tokens of this forward pass.
+            timesteps: The distinct timesteps of this generation, where the pipeline is known.
+            q: The layer's queries ``[batch, tokens, heads, dim]``.
+        """
+        if self._current is None or self.is_new_pass(layer):
+            self._current = self._begin_pass(timestep, layout, timesteps, q)
             self._forward_context = self.context
         self._last_layer = layer
         return self._current
 
-    def _begin_forward(
-        self, timestep: Tensor | None, layout: TokenLayout, total: int | None, shape: Any
+    def _begin_pass(
+        self,
+        timestep: Tensor | None,
+        layout: TokenLayout,
+        timesteps: tuple[float, ...] | None,
+        q: Tensor,
     ) -> Branch:
-        context = self.context
-        name = getattr(context, "name", None) or "call"
-        index = getattr(context, "step_index", None)
-        total = getattr(context, "num_inference_steps", None) or total
-        # Reading the timestep waits for the device, so only where no context tells the step. Wan
-        # 2.2 gives one timestep a token, 0 for the clean first frame: the largest is the step's.
-        value = None
-        if index is None:
-            if timestep is None:
-                raise RuntimeError(
-                    "neither a cache context nor a timestep tells the denoising step; call the "
-                    "transformer through its own forward with a timestep"
-                )
-            value = float(timestep.max())
-        signature = (layout, total, shape)
-        if self._ended or signature != self._signature or self._is_restart(name, index, value):
-            self._new_generation(layout, signature)
-        if value is not None and not self.branches:
-            self._first_timestep = value
-        return self._advance(name, index, value, total)
+        fixed = (layout.grid, q.dtype, q.device)
+        now = Moment.read(self.context, timestep, timesteps)
+        # Passes in which a step cache skipped every layer count as well.
+        skipped, self._passes = self._passes[:-1], []
+        for earlier, moment in skipped:
+            then = Moment.read(earlier, moment, timesteps)
+            if self._is_restart(then):
+                # The cache outlived the generation before.
+                self._new_generation((fixed, then.kind))
+            self._advance(then, None)
+        if (fixed, now.kind) != self._signature or self._is_restart(now):
+            self._new_generation((fixed, now.kind))
+        return self._advance(now, (layout.text_before, layout.text, q.shape[0]))
 
-    def _is_restart(self, name: str, index: int | None, value: float | None) -> bool:
-        if index is not None:
-            branch = self.branches.get(name)
-            if branch is None or branch.step_index is None:
+    def _is_restart(self, now: Moment) -> bool:
+        branch = self.branches.get(now.name or UNNAMED)
+        if now.index is not None:
+            if branch is None or branch.moment.index is None:
                 # Another branch may be ahead: then this one belongs to a new generation.
-                known = [b.step_index for b in self.branches.values() if b.step_index is not None]
-                return bool(known) and index < max(known)
-            return index <= branch.step_index
-        seen = [b.timestep for b in self.branches.values() if b.timestep is not None]
-        return bool(seen) and value is not None and value > min(seen)
+                known = [b.moment.index for b in self.branches.values()]
+                return any(index is not None and now.index < index for index in known)
+            return now.index <= branch.moment.index
+        seen = [b.moment.value for b in self.branches.values() if b.moment.value is not None]
+        if not seen or now.value is None:
+            return False
+        # No scheduler repeats its first timestep, so the same name there again is a restart after
+        # an interrupt in the first step. Without names it may as well be the other CFG branch.
+        again = now.name is not None and branch is not None and now.value == self._first_value
+        return now.value > min(seen) or again or seen.count(now.value) >= MAX_REPEATS
 
-    def _new_generation(self, layout: TokenLayout, signature: tuple[Any, ...]) -> None:
+    def _new_generation(self, signature: tuple[Any, ...]) -> None:
+        is_lone = not self.is_idle and len(self.dense_steps | self.sparse_steps) == 1
+        self.lone_steps = self.lone_steps + 1 if is_lone else 0
         self.end_generation()
         self.generation += 1
-        self.layout = layout
+        self.began = next(_clock)
         self.log = {}
-        self.attention_watch, self.search_watch = Stopwatch(), Stopwatch()
+        self.attention_watch = Stopwatch()
         self.dense_steps, self.sparse_steps = set(), set()
         self.cache_bytes = 0
         self._signature = signature
-        self._ended = False
 
-    def _advance(
-        self, name: str, index: int | None, value: float | None, total: int | None
-    ) -> Branch:
-        key = name
-        if index is None:
+    def _advance(self, now: Moment, shape: tuple[int, int, int] | None) -> Branch:
+        if now.value is not None and not self.branches:
+            self._first_value = now.value
+        key = name = now.name or UNNAMED
+        if now.index is None:
             # Calls of one name at one timestep are branches: the first "call", then "call#1", ...
             repeat = 0
-            while key in self.branches and self.branches[key].timestep == value:
+            while key in self.branches and self.branches[key].moment.value == now.value:
                 repeat += 1
                 key = f"{name}#{repeat}"
-        branch = self.branches.get(key)
-        if value is not None:
+        position = now.position
+        if position is None:
             # A branch that was skipped for some steps is as far as the one that was not.
-            others = {b.step.index for b in self.branches.values() if b.timestep == value}
+            others = {b.step.index for b in self.branches.values() if b.moment.value == now.value}
             latest = max((b.step.index for b in self.branches.values()), default=-1)
             position = max(others) if others else latest + 1
-            progress = 1 - value / self._first_timestep if self._first_timestep > 0 else 0.0
+        if now.value is not None:
+            progress = 1 - now.value / self._first_value if self._first_value > 0 else 0.0
         else:
-            position = index or 0
-            progress = position / total if total else 0.0
-        step = Step(position, total, progress, key, self.generation)
-        if branch is None:
-            branch = self.branches[key] = Branch(step, value, index)
+            progress = position / now.total if now.total else 0.0
+        step = Step(position, now.total, progress, key, self.generation)
+        branch = self.branches.get(key)
+        if branch is None or (shape is not None and branch.shape not in (None, shape)):
+            branch = self.branches[key] = Branch(step, now, shape)
         else:
-            branch.step, branch.timestep, branch.step_index = step, value, index
+            branch.step, branch.moment, branch.shape = step, now, shape or branch.shape
         return branch
 
     def note(self, call: Call) -> None:
@@ -180,30 +236,37 @@ class Run:
         entry.phases[call.phase.value] += 1
         entry.last_phase = call.phase.value
         entry.kernels[call.kernel] += 1
-        self.search_watch.marks += call.search_watch.marks
+        entry.search_watch.marks += call.search_watch.marks
+        entry.cache_bytes = max(entry.cache_bytes, stored_bytes(call.memory))
         if call.phase in (Phase.DENSE, Phase.SEARCH):
             self.dense_steps.add(call.step.index)
             return
         self.sparse_steps.add(call.step.index)
         if call.head_density is not None:
-            density = call.head_density.mean(0)
+            # A mask may be one for all heads.
+            density = call.head_density.mean(0).expand(call.q.shape[2])
+            entry.sparse_calls += 1
             previous = entry.sparse_density
             entry.sparse_density = density if previous is None else previous + density
 
     def held_bytes(self) -> int:
         """Bytes of masks and statistics that are kept now."""
-        seen: dict[int, int] = {}
-        for branch in self.branches.values():
-            for tensor in _tensors(branch.memory):
-                seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+        return stored_bytes([branch.memory for branch in self.branches.values()])
+
+
+def stored_bytes(value: Any) -> int:
+    """Bytes that the tensors in ``value`` keep allocated; shared storage counts once."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(value)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _tensors(item)
     elif is_dataclass(value) and not isinstance(value, type):
         for f in fields(value):

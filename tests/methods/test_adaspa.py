@@ -440,12 +440,13 @@ def test_states_of_two_interleaved_branches(
     operands = [make(grid=(2, 8, 16), seed=seed) for seed in (0, 1)]
     alone = [found(AdaSpa(0.5, (0,)), data).dense() for data in operands]
     assert not torch.equal(*alone)
+    timesteps = tuple(1000.0 - 100 * index for index in range(total))
     for generation in range(2):
         seen: list[list[Phase]] = [[], []]
         for index in range(total):
             for which, data in enumerate(operands):
-                timestep = torch.tensor([1000.0 - 100 * index])
-                branch = run.enter(0, timestep, data.layout, total, data.q.shape)
+                timestep = torch.tensor([timesteps[index]])
+                branch = run.enter(0, timestep, data.layout, timesteps, data.q)
                 memory = branch.memory.setdefault(0, {})
                 if index == 0:
                     assert memory == {}

@@ -1,0 +1,95 @@
+"""What is refused before any work is done: settings that cannot run on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dit_sparse.config import SparseConfig
+from dit_sparse.kernels import ops
+from dit_sparse.mask import BlockMask
+from dit_sparse.processors.family import Family, family_of
+
+
+def check_bindable(model: Any, config: SparseConfig) -> tuple[Family, list[tuple[str, Any]]]:
+    """The family of ``model`` and its sites, if ``config`` can run on it.
+
+    Raises:
+        ValueError: If the model has no adapter or a dense layer does not exist.
+        NotImplementedError: If the model runs context parallelism, or a named kernel cannot
+            compute its layers.
+    """
+    family = family_of(model)
+    modules = family.sites(model)
+    absent = [layer for layer in config.dense_layers if layer >= len(modules)]
+    if absent:
+        raise ValueError(
+            f"dense_layers must be below {len(modules)}, the self-attention layers of this "
+            f"{type(model).__name__}; got {absent}"
+        )
+    refuse_context_parallel(model)
+    numerics = layer_numerics(model, modules[0][1]) if modules else None
+    if numerics is not None:
+        check_implementation(config, *numerics)
+    return family, modules
+
+
+def refuse_context_parallel(model: Any) -> None:
+    """Raises NotImplementedError if ``model`` splits its sequence over devices."""
+    parallel = getattr(model, "_parallel_config", None)
+    context_parallel = getattr(parallel, "context_parallel_config", None)
+    if context_parallel is not None:
+        ring = (getattr(context_parallel, "ring_degree", 1) or 1) > 1
+        why = (
+            "ring attention shows each rank one chunk of the keys at a time, so blocks cannot be "
+            "selected over all of them"
+            if ring
+            else "Ulysses is not supported by this release"
+        )
+        raise NotImplementedError(f"sparse attention cannot run under context parallelism: {why}")
+
+
+def layer_numerics(model: Any, module: Any) -> tuple[int, torch.dtype, torch.device] | None:
+    """Head dim, dtype and device of the attention of ``module``, or None where not all are known.
+
+    Args:
+        model: The transformer.
+        module: One of its self-attention modules.
+    """
+    inner, heads = getattr(module, "inner_dim", None), getattr(module, "heads", None)
+    if not isinstance(inner, int) or not isinstance(heads, int):
+        return None
+    device, dtype = model.device, model.dtype
+    if device.type == "meta" or not dtype.is_floating_point:
+        return None
+    if device.type == "cpu" and torch.cuda.is_available():
+        # Models are often set up before they are moved.
+        return None
+    return inner // heads, dtype, device
+
+
+def check_implementation(
+    config: SparseConfig, dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuses a named implementation that cannot compute such heads.
+
+    Raises:
+        Unsupported: With all of its reasons.
+    """
+    if config.impl == "auto":
+        return
+    block = getattr(config.method, "block", 64)
+    q = torch.empty(1, block, 1, dim, dtype=dtype, device=device)
+    lse = torch.empty(1, 1, block, device=device)
+    mask = BlockMask.full(block, block, device)
+    calls: dict[str, Any] = {
+        "attention": ops.AttentionCall(q=q, k=q, v=q, mask=mask, key_valid=None, scale=1.0),
+        "row_lse": ops.AttentionCall(q=q, k=q, v=None, mask=None, key_valid=None, scale=1.0),
+        "block_mass": ops.BlockMassCall(
+            q=q, k=q, lse=lse, block=(block, block), key_valid=None, scale=1.0
+        ),
+    }
+    for op, call in calls.items():
+        if any(impl.name == config.impl for impl in ops.implementations(op)):
+            ops.select(op, call, config.impl)

@@ -1,0 +1,30 @@
+"""HunyuanVideo: dual-stream blocks, then single-stream blocks, video first and text last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_sparse.layout import TokenLayout
+from dit_sparse.processors.family import Arguments, Family, attention_modules, patched_grid
+
+
+class HunyuanVideo(Family):
+    """Both kinds of block see [video, text]; the mask ``[batch, 1, 1, tokens]`` marks padded text.
+
+    Mirrors ``HunyuanVideoTransformer3DModel.forward`` of diffusers 0.42.1. The token refiner of
+    the text embedder attends over text alone and is left alone. Image-to-video puts its image
+    tokens into the text.
+    """
+
+    models = ("HunyuanVideoTransformer3DModel",)
+    tokens = "video, text"
+
+    def sites(self, model: Any) -> list[tuple[str, Any]]:
+        return attention_modules(
+            model, {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
+        )
+
+    def layout(self, model: Any, arguments: Arguments) -> TokenLayout:
+        patch, config = model.config.patch_size, model.config
+        grid = patched_grid(arguments["hidden_states"].shape, (config.patch_size_t, patch, patch))
+        return TokenLayout.around(grid, after=arguments["encoder_hidden_states"].shape[1])

@@ -1,0 +1,62 @@
+"""docs/families.md says what is so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import pytest
+from test_family_compile import REGIONAL, TINY, WHOLE
+from tiny_pipelines import PIPELINES
+from typer.testing import CliRunner
+
+from dit_sparse import list_families
+from dit_sparse.cli import app
+from dit_sparse.processors.refused import REFUSED
+from dit_sparse.processors.table import (
+    COMPILED,
+    IN_PIPELINES,
+    family_rows,
+    to_markdown,
+    transformer_classes,
+)
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_committed_table_is_current() -> None:
+    text = COMMITTED.read_text()
+    if f"diffusers {diffusers.__version__}." not in text:
+        pytest.skip("written with another diffusers")
+    assert text == to_markdown(), "run: dit-sparse families --markdown > docs/families.md"
+
+
+def test_what_is_claimed_is_tested() -> None:
+    assert set(COMPILED) == {TINY[name].model for name in (*REGIONAL, *WHOLE)}
+    used = {(tiny.model, tiny.pipeline) for tiny in PIPELINES}
+    assert {(model, name) for model, names in IN_PIPELINES.items() for name in names} == used
+
+
+def test_every_class_is_in_one_table() -> None:
+    rows = {row.model: row for row in family_rows()}
+    assert set(rows) == set(list_families())
+    text = to_markdown()
+    for model in (*rows, *REFUSED):
+        assert text.count(f"| {model} |") == 1
+    root = COMMITTED.parents[1]
+    assert all(
+        (root / "dit_sparse/processors" / f"{row.adapter}.py").exists() for row in rows.values()
+    )
+    classes = transformer_classes()
+    assert {model: hasattr(classes[model], "set_attn_processor") for model in rows} == {
+        model: row.has_method for model, row in rows.items()
+    }
+
+
+def test_the_command_prints_both_tables() -> None:
+    plain = CliRunner().invoke(app, ["families"])
+    assert plain.exit_code == 0
+    assert "MochiTransformer3DModel" in plain.output
+    assert "linear already" in plain.output
+    markdown = CliRunner().invoke(app, ["families", "--markdown"])
+    assert markdown.output == to_markdown()
