@@ -146,6 +146,8 @@ def test_enabling_finds_the_model_inside_a_compiled_component(
     with enable_sparse_attention(run.pipe, "adaspa", **SETTINGS) as sparse:
         assert [binding.model for binding in sparse.bindings] == [model]
         run(steps=2)
+    with enable_sparse_attention(run.pipe.transformer, "adaspa", **SETTINGS) as sparse:
+        assert [binding.model for binding in sparse.bindings] == [model]
     assert len(calls) == 8
 
 
