@@ -129,7 +129,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_missing_optional_package_is_named() -> None:
     with pytest.raises(ops.Unsupported, match=r"impl='triton' .*package 'triton' is not installed"):
         SparseConfig(impl="triton")
-    with pytest.raises(ValueError, match=r"one of \['cpu', 'reference', 'triton'\]"):
+    with pytest.raises(ValueError, match=r"one of \[.*'cpu'.*'reference', 'triton'\]"):
         SparseConfig(impl="nothing")
     assert SparseConfig(impl="cpu").impl == "cpu"
 
