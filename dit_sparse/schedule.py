@@ -117,3 +117,60 @@ def phases(schedule: Schedule, total: int) -> Sequence[Phase]:
         result.append(schedule.phase(step, has_mask))
         has_mask = has_mask or result[-1] is not Phase.DENSE
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodicSchedule:
+    """Dense warm-up, then one dense step in every ``period`` from which the others take statistics.
+
+    Such a step is a SEARCH: its output is the model's own. A run of 50 steps with a warm-up of 15
+    and a period of 5 is dense in steps 0 to 14 and in 15, 20, ..., 45, sparse in the others.
+
+    Attributes:
+        warmup: Dense steps before the first SEARCH: a count (int) or a share of all steps (float in
+            [0, 1]).
+        period: Steps from one SEARCH to the next, 1 or more.
+
+    Raises:
+        ValueError: On a value outside these ranges.
+
+    Source: Re-ttention (arXiv 2505.22918), which warms up for 15 (CogVideoX) or 10 (Hunyuan-DiT) of
+    50 steps or 5 of 20 (PixArt) and then takes every fifth.
+    """
+
+    warmup: int | float = 0.3
+    period: int = 5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int | float):
+            raise ValueError(f"warmup must be an int or a float, got {self.warmup!r}")
+        if not self.warmup >= 0 or (isinstance(self.warmup, float) and self.warmup > 1):
+            raise ValueError(
+                f"warmup must be a number of steps (int >= 0) or a share of them (float in "
+                f"[0, 1]), got {self.warmup}"
+            )
+        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
+            raise ValueError(f"period must be a number of steps, an int >= 1, got {self.period!r}")
+
+    def phase(self, step: Step, kept: int | None) -> Phase:
+        """What to do at ``step``.
+
+        Args:
+            step: Where the generation stands.
+            kept: The step whose statistics this layer and branch hold, or None. A SEARCH that was
+                due in a step that a cache skipped is made up for at the next call.
+        """
+        if isinstance(self.warmup, int):
+            is_warm = step.index >= self.warmup
+        elif step.total is None:
+            # Nobody told the number of steps, so the share is read on the noise scale instead.
+            is_warm = step.progress >= self.warmup
+        else:
+            is_warm = step.index >= round(self.warmup * step.total)
+        if not is_warm:
+            return Phase.DENSE
+        if kept is not None and step.index - kept < self.period:
+            return Phase.SPARSE
+        # Statistics of the last step would serve nobody.
+        is_last = step.total is not None and step.index >= step.total - 1
+        return Phase.DENSE if is_last else Phase.SEARCH

@@ -77,6 +77,9 @@ class Call:
         dense_attention: The model's own attention call with the user's own backend. Given True, it
             also returns the log-sum-exp ``[batch, heads, tokens]`` fp32 of the same kernel run, or
             None where that backend does not tell it.
+        dense_layers: Layers that never reach the method: the configuration keeps them dense.
+        shared: What this method kept for this generation, over all branches and layers.
+        notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
     """
 
     q: Tensor
@@ -91,6 +94,9 @@ class Call:
     scale: float | None
     impl: str
     dense_attention: Callable[[bool], tuple[Tensor, Tensor | None]]
+    dense_layers: tuple[int, ...] = ()
+    shared: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None

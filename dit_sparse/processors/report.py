@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
@@ -37,6 +37,8 @@ class Report:
               None if there was none;
             * ``search_seconds``: time in its searches;
             * ``cache_bytes``: most memory held for it between steps.
+
+        notes: What the methods say beside the numbers, e.g. the memory that a residual takes.
     """
 
     density: float
@@ -48,15 +50,17 @@ class Report:
     cache_bytes: int
     kernels: dict[str, int]
     layers: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
+        line = (
             f"density {self.density:.3f} ({self.sparse_density:.3f} on sparse calls), "
             f"{self.dense_steps} dense and {self.sparse_steps} sparse steps, attention "
             f"{self.attention_seconds:.3f} s (search {self.search_seconds:.3f} s), "
             f"{self.cache_bytes / 2**20:.1f} MiB kept, calls by "
             f"{_counts(self.kernels) or 'nothing yet'}"
         )
+        return "\n".join([line, *self.notes])
 
     def table(self, width: int = 120) -> str:
         """The summary, and the layers as a table with a row per layer and branch; print it.
@@ -140,4 +144,5 @@ def make_report(bindings: Sequence[Binding]) -> Report:
         cache_bytes=sum(max(run.cache_bytes, run.held_bytes()) for run in runs),
         kernels=dict(kernels),
         layers=layers,
+        notes=list(dict.fromkeys(line for run in runs for line in run.notes.values())),
     )

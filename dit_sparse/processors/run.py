@@ -65,7 +65,11 @@ class Run:
     def __init__(self) -> None:
         self.generation = -1
         self.branches: dict[str, Branch] = {}
+        # What a method keeps for all branches and layers together.
+        self.shared: dict[str, Any] = {}
         self.log: dict[tuple[str, int], LayerLog] = {}
+        # Lines for the report, by topic; like the log they outlive their generation.
+        self.notes: dict[str, str] = {}
         self.attention_watch = Stopwatch()
         # The pipeline's cache context: set and cleared around each transformer call.
         self.context: Any = None
@@ -113,6 +117,7 @@ class Run:
         """Drops everything kept between steps. The log stays until the next generation begins."""
         self.cache_bytes = max(self.cache_bytes, self.held_bytes())
         self.branches = {}
+        self.shared = {}
         if not self.is_idle:
             self.ended = next(_clock)
         self._passes = []
@@ -160,6 +165,8 @@ class Run:
         timesteps: tuple[float, ...] | None,
         q: Tensor,
     ) -> Branch:
+        # Methods may let go of what they kept before the generation ends.
+        self.cache_bytes = max(self.cache_bytes, self.held_bytes())
         fixed = (layout.grid, q.dtype, q.device)
         now = Moment.read(self.context, timestep, timesteps)
         # Passes in which a step cache skipped every layer count as well.
@@ -197,6 +204,7 @@ class Run:
         self.generation += 1
         self.began = next(_clock)
         self.log = {}
+        self.notes = {}
         self.attention_watch = Stopwatch()
         self.dense_steps, self.sparse_steps = set(), set()
         self.cache_bytes = 0

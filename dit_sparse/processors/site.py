@@ -109,6 +109,9 @@ class Site:
             dense_attention=lambda with_lse: operands.enter_with_lse(
                 *self._dense(q, k, v, attn_mask, mask.valid, scale, sdpa, with_lse)
             ),
+            dense_layers=binding.config.dense_layers,
+            shared=run.shared,
+            notes=run.notes,
         )
         method = Dense() if self.index in binding.config.dense_layers else binding.config.method
         stop = run.attention_watch.start(q.device)
