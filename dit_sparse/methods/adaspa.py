@@ -129,11 +129,16 @@ class AdaSpa(Method):
                 mass = call.block_mass(lse, self.block)
         if self.lse_cache:
             call.memory["lse"] = lse
-        call.memory["mask"] = self._select(call, mass)
+        call.memory["mask"] = self.select(call, mass)
         stop()
 
-    def _select(self, call: Call, mass: Tensor) -> PackedMask:
-        """The blocks to keep: by mass in every row, by recall over the heads."""
+    def select(self, call: Call, mass: Tensor) -> PackedMask:
+        """The blocks to keep: by mass in every row, by recall over the heads.
+
+        Args:
+            call: Tokens in tile order, text last.
+            mass: Their block mass ``[batch, heads, q_blocks, kv_blocks]``.
+        """
         video = video_blocks(call.layout, self.block)
         budget = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
         if self.head_adaptive:
