@@ -151,6 +151,12 @@ class TestKeysWithoutQueries:
         assert_same(model, inputs_of(tiny, kv_caches=caches))
 
 
+def test_image_shapes_of_older_pipelines(calls: list[Call]) -> None:
+    tiny = TINY["QwenImageTransformer2DModel"]
+    assert_same(tiny.build(), inputs_of(tiny, img_shapes=[tiny.grid] * tiny.batch))
+    assert {call.layout.grid for call in calls} == {tiny.grid}
+
+
 def test_captions_of_one_length_are_not_rotated(calls: list[Call]) -> None:
     tiny = TINY["Lumina2Transformer2DModel"]
     model = tiny.build()
