@@ -25,8 +25,9 @@ class QwenImage(Family):
 
     def layout(self, model: Any, arguments: Arguments) -> TokenLayout:
         shapes = arguments["img_shapes"]
-        first = shapes[0] if isinstance(shapes[0], list) else shapes
-        images = [first] if isinstance(first[0], int) else list(first)
+        # One list a sample, or one shape a sample in older pipelines.
+        first = shapes[0] if isinstance(shapes, list) else shapes
+        images = first if isinstance(first, list) else [first]
         frames, height, width = images[0]
         layers = len(images) - 1 if model.config.get("use_layer3d_rope") else 1
         frames *= layers

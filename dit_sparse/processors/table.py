@@ -20,6 +20,7 @@ IN_PIPELINES: dict[str, tuple[str, ...]] = {
     "CogVideoXTransformer3DModel": ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
     "CogView4Transformer2DModel": ("CogView4Pipeline",),
     "FluxTransformer2DModel": ("FluxPipeline", "FluxKontextPipeline"),
+    "HunyuanVideo15Transformer3DModel": ("HunyuanVideo15Pipeline",),
     "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
     "LTXVideoTransformer3DModel": (
         "LTXPipeline",

@@ -29,7 +29,13 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from tiny_models import Draw, Tiny, randomize, tiny_models
 from torch import Tensor, nn
 
-from dit_sparse import SparseProcessor, TokenLayout, enable_sparse_attention, list_families
+from dit_sparse import (
+    SparseProcessor,
+    TokenLayout,
+    enable_sparse_attention,
+    list_families,
+    list_methods,
+)
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
 from dit_sparse.processors import site
@@ -151,6 +157,12 @@ class TestKeysWithoutQueries:
         assert_same(model, inputs_of(tiny, kv_caches=caches))
 
 
+def test_image_shapes_of_older_pipelines(calls: list[Call]) -> None:
+    tiny = TINY["QwenImageTransformer2DModel"]
+    assert_same(tiny.build(), inputs_of(tiny, img_shapes=[tiny.grid] * tiny.batch))
+    assert {call.layout.grid for call in calls} == {tiny.grid}
+
+
 def test_captions_of_one_length_are_not_rotated(calls: list[Call]) -> None:
     tiny = TINY["Lumina2Transformer2DModel"]
     model = tiny.build()
@@ -223,6 +235,37 @@ class TestProcessorsOfOurOwn:
         with SparseProcessor("full").install(model):
             model(**inputs_of(tiny))
         assert shapes == [(2, 1, 1, 24 + 13)] * 2
+
+
+# Every form that a call can have: text on both sides, padding, an image that starts elsewhere in
+# each batch element, weights in the scores, keys without queries, layers that differ.
+FORMS = (
+    "WanTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "ChromaTransformer2DModel-weights",
+    "PRXTransformer2DModel",
+    "QwenImageTransformer2DModel-edit",
+    "SD3Transformer2DModel-3.5",
+    "MotifVideoTransformer3DModel",
+)
+
+
+@pytest.mark.parametrize("method", sorted(list_methods()))
+@pytest.mark.parametrize("name", FORMS)
+def test_methods_at_exact_settings_equal_upstream(name: str, method: str) -> None:
+    tiny = TINY[name]
+    model = tiny.build()
+    top = 1000.0 if inputs_of(tiny)["timestep"].max() > 1 else 1.0
+    shares = [i / 4 if name.startswith("Lumina") else 1 - i / 4 for i in range(4)]
+    passes = [inputs_of(tiny, timestep=torch.full((2,), top * share)) for share in shares]
+    expected = [model(**inputs, return_dict=False)[0] for inputs in passes]
+    with SparseProcessor(list_methods()[method].exact()).install(model) as sparse:
+        for inputs, wanted in zip(passes, expected, strict=True):
+            out = model(**inputs, return_dict=False)[0]
+            assert (out - wanted).abs().max() < 2e-5 * max(1, float(wanted.abs().max()))
+        assert sparse.bindings[0].run.generation == 0
 
 
 class TestLayersThatSeeOtherTokens:

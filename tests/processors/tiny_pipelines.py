@@ -9,9 +9,10 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from tiny_images import AURAFLOW, CHROMA, COGVIEW, FLUX, LUMINA2, QWEN, SD3, Z_IMAGE
 from tiny_models import Draw, randomize
-from tiny_videos import ALLEGRO, COGVIDEOX, HUNYUAN, LTX, MOCHI, WAN
+from tiny_videos import ALLEGRO, COGVIDEOX, HUNYUAN, HUNYUAN_15, LTX, MOCHI, WAN
 from torch import Tensor
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -37,6 +38,7 @@ class TinyPipeline:
         extra: Further components.
         images: Arguments that are images, made of one random picture.
         prompts: Most prompts that the pipeline takes with these conditions.
+        callback: Name of the argument for a callback after each step, if there is one.
         repeats: Whether it repeats given embeddings for several results a prompt.
     """
 
@@ -55,6 +57,7 @@ class TinyPipeline:
     images: tuple[str, ...] = ()
     prompts: int = 2
     repeats: bool = False
+    callback: str = "callback_on_step_end"
 
     @property
     def name(self) -> str:
@@ -135,6 +138,16 @@ def hunyuan(d: Draw, prompts: int) -> dict[str, Any]:
     return embeds | masks(d, prompts, 7, *names)
 
 
+def hunyuan_15(d: Draw, prompts: int) -> dict[str, Any]:
+    embeds = {}
+    for prefix in ("", "negative_"):
+        embeds[f"{prefix}prompt_embeds"] = d.normal(prompts, 6, 8)
+        embeds[f"{prefix}prompt_embeds_mask"] = d.valid(*(5, 3)[:prompts], tokens=6)
+        embeds[f"{prefix}prompt_embeds_2"] = d.normal(prompts, 4, 6)
+        embeds[f"{prefix}prompt_embeds_mask_2"] = d.valid(*(0, 4)[:prompts], tokens=4)
+    return embeds
+
+
 def masked(d: Draw, prompts: int) -> dict[str, Any]:
     names = ("prompt_attention_mask", "negative_prompt_attention_mask")
     return plain(d, prompts) | masks(d, prompts, 6, *names)
@@ -207,6 +220,17 @@ WAN_VAE = {
     "dim_mult": [1, 1, 1, 1],
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
+}
+HUNYUAN_15_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (16, 16),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 4,
+    "temporal_compression_ratio": 2,
+    "downsample_match_channel": False,
+    "upsample_match_channel": False,
 }
 LTX_VAE = {
     "in_channels": 3,
@@ -440,6 +464,7 @@ PIPELINES = [
         ("DPMSolverMultistepScheduler", {}),
         ("call",),
         options={"use_resolution_binning": False, "negative_prompt": None},
+        callback="callback",
         per_prompt="num_images_per_prompt",
         repeats=True,
     ),
@@ -497,5 +522,16 @@ PIPELINES = [
         plain,
         (pixels(256, 192), pixels(160, 256)),
         per_prompt="num_images_per_prompt",
+    ),
+    TinyPipeline(
+        "HunyuanVideo15Pipeline",
+        "HunyuanVideo15Transformer3DModel",
+        HUNYUAN_15 | {"in_channels": 9},
+        hunyuan_15,
+        (pixels(32, 24, num_frames=7), pixels(24, 40, num_frames=5)),
+        branches=("pred_cond", "pred_uncond"),
+        vae=("AutoencoderKLHunyuanVideo15", HUNYUAN_15_VAE),
+        extra={"guider": ClassifierFreeGuidance(guidance_scale=3.0)},
+        callback="",
     ),
 ]

@@ -123,6 +123,25 @@ def hunyuan_pairs(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     return hunyuan(d, (2 * grid[0], *grid[1:]), batch)
 
 
+HUNYUAN_15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 8,
+    "text_embed_2_dim": 6,
+    "image_embed_dim": 8,
+    "rope_axes_dim": (2, 2, 4),
+    "target_size": 16,
+    "task_type": "t2v",
+}
+
+
 def hunyuan_15(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     f, h, w = grid
     return {
@@ -603,34 +622,16 @@ VIDEOS = [
     ),
     Tiny(
         "HunyuanVideo15Transformer3DModel",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "mlp_ratio": 2.0,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "text_embed_dim": 8,
-            "text_embed_2_dim": 6,
-            "image_embed_dim": 8,
-            "rope_axes_dim": (2, 2, 4),
-            "target_size": 16,
-            "task_type": "t2v",
-        },
+        HUNYUAN_15,
         hunyuan_15,
         (0, 13),
         patch=(1, 1, 1),
         masked=True,
         untouched=("token_refiner",),
     ),
-]
-VIDEOS += [
     Tiny(
         "HunyuanVideo15Transformer3DModel",
-        VIDEOS[-1].config,
+        HUNYUAN_15,
         hunyuan_15_image,
         (0, 13),
         variant="image",
