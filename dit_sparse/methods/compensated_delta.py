@@ -33,7 +33,9 @@ from torch import Tensor
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.layout import Ordering
 from dit_sparse.mask import PackedMask
-from dit_sparse.methods.base import Call, Method, video_blocks
+from dit_sparse.methods.base import Call, video_blocks
+from dit_sparse.methods.residual import ResidualMethod
+from dit_sparse.methods.residual_values import Residual
 from dit_sparse.methods.rotation import Part, Unit, part_of_turn, turns_since
 from dit_sparse.schedule import Phase, Step
 
@@ -42,8 +44,11 @@ Selection = Literal["mass", "pooled"]
 
 
 @dataclass(frozen=True)
-class CompensatedDelta(Method):
+class CompensatedDelta(ResidualMethod):
     """Block-sparse attention with summaries of skipped blocks and a remembered residual.
+
+    How residuals are kept is said by the settings of
+    :class:`~dit_sparse.methods.residual.ResidualMethod`; layers that keep none run without.
 
     Attributes:
         density: Share of video key blocks that a query block computes exactly, in [0, 1]. With 0
@@ -56,7 +61,8 @@ class CompensatedDelta(Method):
             first ones' noise range where nothing tells how many steps there are).
         summary: What skipped blocks contribute: nothing, their means, or means and slope.
         delta: Whether the residual of the last refresh is added.
-        extrapolate: Whether the residual is continued linearly from its last two refreshes.
+        extrapolate: Whether the residual is continued linearly from its last two refreshes; keeps
+            twice as much, in native precision on the device.
         selection: How a refresh ranks key blocks: by exact attention mass, or by the scores of
             pooled queries and keys.
         block: Tokens in a block, 64 or 128.
@@ -80,6 +86,12 @@ class CompensatedDelta(Method):
     tile: tuple[int, int, int] | None = (4, 4, 4)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extrapolate and (self.precision != "native" or self.offload):
+            raise ValueError(
+                "extrapolate needs residuals of native precision on the device, got "
+                f"precision={self.precision!r}, offload={self.offload}"
+            )
         if isinstance(self.density, bool) or not 0 <= self.density <= 1:
             raise ValueError(
                 f"density is the share of blocks kept and must be in [0, 1], got {self.density!r}"
@@ -115,25 +127,29 @@ class CompensatedDelta(Method):
         order = call.tile_order(self.tile)
         moved = call.ordered(order)
         part = part_of_turn(moved, self.refresh, self.period, turn, self.block)
+        delta = self.delta and self.residual_store(call).admit(call)
         if part is not None and part.call is moved:
             # A whole refresh returns the model's own output and keeps what explains it.
             dense = call.dense_with_lse()
             stop = call.search_watch.start(call.q.device)
             in_order = dense if order is None else _reordered(dense, order)
-            self._refresh(moved, part, in_order)
+            self._refresh(moved, part, in_order, delta)
             stop()
             call.record(Phase.SEARCH)
             return dense.out
-        if part is not None:
-            stop = call.search_watch.start(call.q.device)
-            out = self._refresh(moved, part, part.call.attention() if self.delta else None)
-            stop()
-        else:
+        if part is None:
             out = self._sparse(moved)
-        if self.delta:
-            out = out + self._residual(moved, turn)
-        self._record(call, moved)
+        else:
+            stop = call.search_watch.start(call.q.device)
+            out = self._refresh(moved, part, part.call.attention() if delta else None, delta)
+            stop()
+        if delta:
+            out = self._corrected(moved, out, turn)
+        self._record(call, moved, delta)
         return out if order is None else order.undo(out)
+
+    def residuals_kept(self) -> int:
+        return 2 if self.extrapolate else 1
 
     def _is_warmup(self, step: Step) -> bool:
         """Whether ``step`` is one of the warm-up but the last, which is refreshed whole."""
@@ -143,12 +159,13 @@ class CompensatedDelta(Method):
             return step.progress < self.warmup
         return step.index < max(1, round(self.warmup * step.total)) - 1
 
-    def _record(self, call: Call, moved: Call) -> None:
-        call.record(Phase.SPARSE, call.memory["mask"])
-        if self.delta and self.refresh in ("rows", "heads"):
+    def _record(self, call: Call, moved: Call, delta: bool) -> None:
+        mask: PackedMask = call.memory["mask"]
+        call.record(Phase.SPARSE, mask)
+        if delta and self.refresh in ("rows", "heads"):
             # Over a period every video query meets every key once more.
             share = moved.layout.video / moved.layout.tokens
-            call.head_density = call.memory["mask"].head_density + share / self.period
+            call.head_density = mask.head_density + share / self.period
 
     def _sparse(self, call: Call) -> Tensor:
         """The compensated sparse output of all queries; zero where nothing is computed."""
@@ -159,13 +176,14 @@ class CompensatedDelta(Method):
             summary = call.summarize(self.block, first_order=self.summary == "first_order")
         return call.attention(call.memory["mask"], summary).out
 
-    def _refresh(self, call: Call, part: Part, dense: Attended | None) -> Tensor:
+    def _refresh(self, call: Call, part: Part, dense: Attended | None, delta: bool) -> Tensor:
         """Chooses the masks of a part anew and remembers its residual.
 
         Args:
             call: The whole call.
             part: What to refresh.
-            dense: Dense attention of the part; None where no residual is kept.
+            dense: Dense attention of the part, where there is a residual or the model ran it.
+            delta: Whether this layer keeps a residual.
 
         Returns:
             The sparse output of the whole call under the new masks.
@@ -177,17 +195,21 @@ class CompensatedDelta(Method):
         else:
             part.put_bits(memory["mask"].bits, chosen.bits)
         out = self._sparse(call)
-        if dense is None or not self.delta:
+        if dense is None or not delta:
             return out
-        residual = dense.out - part.take(out)
-        if "residual" not in memory:
-            memory["residual"] = residual
+        store = self.residual_store(call)
+        fresh = Residual.between(dense.out, out[part.index], precision=self.precision)
+        if "residual0" not in memory:
+            store.put(call, fresh)
             return out
+        kept = store.get(call)
         if self.extrapolate:
-            if "trend" not in memory:
-                memory["trend"] = torch.zeros_like(memory["residual"])
-            part.put(memory["trend"], (residual - part.take(memory["residual"])) / self.period)
-        part.put(memory["residual"], residual)
+            if "residual1" not in memory:
+                store.put(call, Residual(torch.zeros_like(kept.values)), slot=1)
+            change = (fresh.values - kept.values[part.index]) / self.period
+            store.get(call, slot=1).replace(part.index, Residual(change))
+        kept.replace(part.index, fresh)
+        store.put(call, kept)
         return out
 
     def _choose(self, call: Call, lse: Tensor | None) -> PackedMask:
@@ -201,13 +223,20 @@ class CompensatedDelta(Method):
         kept = torch.full((1, 1), count, device=call.q.device)
         return call.top_blocks(scores, kept, self.block, count).mask
 
-    def _residual(self, call: Call, turn: int) -> Tensor:
-        """What the last refresh of every query and head left to add."""
-        residual = call.memory["residual"]
-        if "trend" not in call.memory:
-            return residual
-        age = turns_since(call, self.refresh, self.period, turn, self.block)
-        return residual + call.memory["trend"] * age.to(residual.dtype)
+    def _corrected(self, call: Call, out: Tensor, turn: int) -> Tensor:
+        """``out`` with what the last refresh of every query and head left to add."""
+        store = self.residual_store(call)
+        residual = store.get(call)
+        if "residual1" in call.memory:
+            age = turns_since(call, self.refresh, self.period, turn, self.block)
+            trend = store.get(call, slot=1).values
+            residual = Residual(residual.values + trend * age.to(trend.dtype))
+        out = residual.add_to(out)
+        if call.step.total is not None and call.step.index >= call.step.total - 1:
+            # Nothing follows in this generation but the decoder, which needs the room.
+            for slot in range(self.residuals_kept()):
+                store.drop(call, slot)
+        return out
 
 
 def _reordered(dense: Attended, order: Ordering) -> Attended:

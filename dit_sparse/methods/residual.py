@@ -211,7 +211,6 @@ class ResidualMethod(Method):
         ValueError: On a value outside these ranges.
     """
 
-    residuals_kept: ClassVar[int] = 1
     row_statistics: ClassVar[int] = 0
 
     precision: str = "native"
@@ -222,6 +221,10 @@ class ResidualMethod(Method):
     def __post_init__(self) -> None:
         _ = self.residual_options
 
+    def residuals_kept(self) -> int:
+        """Residuals that the method keeps for one layer and branch."""
+        return 1
+
     @property
     def residual_options(self) -> ResidualOptions:
         return ResidualOptions(self.precision, self.offload, self.layers, self.budget_gb)
@@ -230,6 +233,7 @@ class ResidualMethod(Method):
         """The store of the generation of ``call``."""
         store = call.shared.get("residuals")
         if store is None:
-            store = ResidualStore(self.residual_options, self.residuals_kept, self.row_statistics)
+            kept = self.residuals_kept()
+            store = ResidualStore(self.residual_options, kept, self.row_statistics)
             call.shared["residuals"] = store
         return store

@@ -66,6 +66,20 @@ class Residual:
             values[:, part] = missed.to(values.dtype)
         return cls(values, scale)
 
+    def replace(self, index: tuple[slice | Tensor, ...], part: Residual) -> None:
+        """Writes another residual of the same precision over some tokens and heads.
+
+        Args:
+            index: Of batch, tokens and heads, slices and at most one tensor of positions.
+            part: The residual there.
+        """
+        for target, source in ((self.values, part.values), (self.scale, part.scale)):
+            if target is not None and source is not None:
+                if target.dtype == torch.float8_e4m3fn:
+                    # Indexed writes know no float8.
+                    target, source = target.view(torch.uint8), source.view(torch.uint8)
+                target[index] = source
+
     def add_to(self, sparse: Tensor, factor: Tensor | None = None) -> Tensor:
         """``factor * sparse + residual``, computed in fp32 and written into ``sparse``.
 

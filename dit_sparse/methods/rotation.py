@@ -30,17 +30,10 @@ class Part:
     blocks: slice
     heads: slice
 
-    def take(self, x: Tensor) -> Tensor:
-        """This part of ``x`` ``[batch, tokens, heads, dim]``."""
-        x = x[:, :, self.heads]
-        return x if self.rows is None else x.index_select(1, self.rows)
-
-    def put(self, x: Tensor, value: Tensor) -> None:
-        """Writes ``value`` into this part of ``x`` ``[batch, tokens, heads, dim]``."""
-        if self.rows is None:
-            x[:, :, self.heads] = value
-        else:
-            x[:, :, self.heads].index_copy_(1, self.rows, value)
+    @property
+    def index(self) -> tuple[slice | Tensor, ...]:
+        """Where the part is in a tensor ``[batch, tokens, heads, dim]``."""
+        return slice(None), slice(None) if self.rows is None else self.rows, self.heads
 
     def put_bits(self, bits: Tensor, value: Tensor) -> None:
         """Writes packed mask rows into ``bits`` ``[batch, heads, q_blocks, bytes]``."""

@@ -18,9 +18,12 @@ SUMMARIES = ["drop", "centroid", "first_order"]
 def run(method: CompensatedDelta, calls: list[Any]) -> list[torch.Tensor]:
     """Outputs of consecutive steps that share a memory."""
     memory: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     out = []
     for index, data in enumerate(calls):
-        out.append(method.attend(data.call(index, memory)))
+        call = data.call(index, memory)
+        call.shared = shared
+        out.append(method.attend(call))
     return out
 
 
@@ -114,8 +117,52 @@ def test_phases_density_and_memory(make: Any) -> None:
     phases = [phase for phase, _ in seen]
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE, Phase.SPARSE]
     assert seen[-1][1].tolist() == [[0.125 + 0.25] * 2]
-    assert set(memory) == {"turn", "mask", "residual"}
-    assert memory["residual"].shape == data.q.shape
+    assert set(memory) == {"turn", "mask", "residual0"}
+    assert memory["residual0"].values.shape == data.q.shape
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_residuals_in_host_memory_are_the_same(make: Any, unit: str) -> None:
+    calls = [make(grid=(3, 9, 13), text=5, seed=seed) for seed in range(6)]
+    here = run(CompensatedDelta(0.3, 3, unit, 1), calls)
+    there = run(CompensatedDelta(0.3, 3, unit, 1, offload=True), calls)
+    for ours, theirs in zip(here, there, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_residuals_in_eight_bits_are_close(make: Any, unit: str) -> None:
+    calls = [make(grid=(3, 9, 13), seed=seed, dtype=torch.float32) for seed in range(6)]
+    exact = run(CompensatedDelta(0.3, 3, unit, 1), calls)
+    rounded = run(CompensatedDelta(0.3, 3, unit, 1, precision="float8"), calls)
+    plain = run(CompensatedDelta(0.3, 3, unit, 1, delta=False), calls)
+    for index in range(1, 6):
+        error = (rounded[index] - exact[index]).norm()
+        assert error < 0.1 * (plain[index] - exact[index]).norm() or error < 1e-5
+
+
+def test_layers_without_a_residual_run_without(make: Any) -> None:
+    calls = [make(grid=(3, 9, 13), seed=seed) for seed in range(3)]
+    method = CompensatedDelta(0.3, 3, "rows", 1, layers=(1,))
+    plain = CompensatedDelta(0.3, 3, "rows", 1, delta=False)
+    memories: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for index, data in enumerate(calls):
+        ours, theirs = (data.call(index, memory) for memory in memories)
+        ours.layers = 2
+        assert torch.equal(method.attend(ours), plain.attend(theirs))
+    assert "residual0" not in memories[0]
+
+
+def test_the_residual_is_dropped_in_the_last_step(make: Any) -> None:
+    data, memory = make(), {}
+    for index in range(4):
+        CompensatedDelta(0.5, 2, "rows", 1).attend(data.call(index, memory, total=4))
+        assert ("residual0" in memory) is (index < 3)
+
+
+def test_a_budget_that_is_too_small_is_refused_at_the_first_step(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected the residual to take at most 0\.00 GB"):
+        CompensatedDelta(budget_gb=0.0, warmup=1).attend(make().call())
 
 
 def test_warmup_as_a_share(make: Any) -> None:
@@ -184,6 +231,7 @@ def test_pooled_scores(make: Any) -> None:
         {"warmup": 0},
         {"warmup": 1.5},
         {"block": 32},
+        {"extrapolate": True, "offload": True},
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def test_ages_count_the_turns_since_the_refresh(
     for turn in range(2 * period + 3):
         part = part_of_turn(call, unit, period, turn, 64)
         if part is not None:
-            part.put(last, torch.full_like(part.take(last), turn))
+            last[part.index] = turn
         age = turns_since(call, unit, period, turn, 64)
         # Text is exact in every step: its age does not matter.
         video = data.layout.video // 64 * 64 if text else data.layout.video
@@ -42,7 +42,7 @@ def test_a_part_holds_the_queries_that_it_names(make: Any) -> None:
     assert part.rows.tolist() == [*range(64, 128), *range(320, 351)]
     assert torch.equal(part.call.q, call.q[:, part.rows])
     assert part.call.k is call.k
-    assert torch.equal(part.take(call.v), call.v[:, part.rows])
+    assert torch.equal(call.v[part.index], call.v[:, part.rows])
     part = part_of_turn(call, "heads", 2, 1, 64)
     assert part is not None
     assert torch.equal(part.call.k, call.k[:, :, 1::2])
