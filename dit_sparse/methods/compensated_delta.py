@@ -24,7 +24,7 @@ masks are chosen anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -84,13 +84,15 @@ class CompensatedDelta(ResidualMethod):
     selection: Selection = "mass"
     block: int = 64
     tile: tuple[int, int, int] | None = (4, 4, 4)
+    # A default must not refuse: the residual takes what room there is.
+    adapt: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.extrapolate and (self.precision != "native" or self.offload):
+        if self.extrapolate and (self.precision != "native" or self.offload or self.adapt):
             raise ValueError(
                 "extrapolate needs residuals of native precision on the device, got "
-                f"precision={self.precision!r}, offload={self.offload}"
+                f"precision={self.precision!r}, offload={self.offload}, adapt={self.adapt}"
             )
         if isinstance(self.density, bool) or not 0 <= self.density <= 1:
             raise ValueError(
@@ -120,6 +122,8 @@ class CompensatedDelta(ResidualMethod):
 
     def attend(self, call: Call) -> Tensor:
         memory = call.memory
+        # Asked in every step, so that residuals that cannot be kept are refused in the first.
+        delta = self.delta and self.residual_store(call).admit(call)
         if "turn" not in memory and self._is_warmup(call.step):
             call.record(Phase.DENSE)
             return call.dense()
@@ -127,7 +131,6 @@ class CompensatedDelta(ResidualMethod):
         order = call.tile_order(self.tile)
         moved = call.ordered(order)
         part = part_of_turn(moved, self.refresh, self.period, turn, self.block)
-        delta = self.delta and self.residual_store(call).admit(call)
         if part is not None and part.call is moved:
             # A whole refresh returns the model's own output and keeps what explains it.
             dense = call.dense_with_lse()
@@ -198,7 +201,8 @@ class CompensatedDelta(ResidualMethod):
         if dense is None or not delta:
             return out
         store = self.residual_store(call)
-        fresh = Residual.between(dense.out, out[part.index], precision=self.precision)
+        precision = store.options.precision
+        fresh = Residual.between(dense.out, out[part.index], precision=precision)
         if "residual0" not in memory:
             store.put(call, fresh)
             return out

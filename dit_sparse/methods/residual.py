@@ -27,6 +27,9 @@ from dit_sparse.methods.residual_plan import (
 from dit_sparse.methods.residual_values import HostResidual, Residual, pairs
 from dit_sparse.methods.transfer import Copy, HostArena, transfer_for
 
+# Cache contexts in which diffusers runs both CFG branches as one batch.
+_BOTH_AT_ONCE = ("cond_uncond",)
+
 
 class _Ahead(NamedTuple):
     source: HostResidual
@@ -43,7 +46,8 @@ class ResidualStore:
     and a wrong guess costs only time.
 
     Args:
-        options: How residuals are kept.
+        options: How residuals are kept. With ``adapt`` the attribute of this name becomes what they
+            are kept by once the first branch is admitted.
         tensors: Residuals that the method keeps for one layer and branch.
         row_statistics: fp32 numbers that it keeps for each row beside them.
     """
@@ -52,9 +56,10 @@ class ResidualStore:
         self.options = options
         self.plan: ResidualPlan | None = None
         self._kept = (tensors, row_statistics)
-        self._shapes: dict[str, BranchShape] = {}
+        self._asked: dict[str, BranchShape] = {}
+        self._shapes: dict[str, BranchShape] = {}  # of the branches that keep residuals
         self._budgets: tuple[int | None, int] | None = None
-        self._layers: frozenset[int] = frozenset()
+        self._layers: dict[str, frozenset[int]] = {}
         self._arena: HostArena | None = None
         self._on_host: WeakValueDictionary[tuple, HostResidual] = WeakValueDictionary()
         # The use that followed each use, the last use, what was saved since the last fetch, and the
@@ -72,17 +77,44 @@ class ResidualStore:
         residuals will fit, before any work is lost.
 
         Raises:
-            ValueError: If they will not.
+            ValueError: If they will not, unless the options adapt.
         """
         batch, tokens, heads, dim = call.q.shape
         shape = BranchShape(batch, tokens, heads, dim, call.q.dtype)
-        if self._shapes.get(call.step.branch) != shape:
-            self.plan = self._make_plan(call, {**self._shapes, call.step.branch: shape})
-            call.notes["residual"] = self.plan.describe()
-            self.plan.check()
-            self._shapes[call.step.branch] = shape
-            self._layers = frozenset(self.plan.held_layers)
-        return call.layer in self._layers
+        branch = call.step.branch
+        if self._asked.get(branch) != shape:
+            plan = self._admit(call, {**self._shapes, branch: shape})
+            if plan is None:
+                note = f"residual: none for branch {branch!r}, there is no room"
+                call.notes[f"residual of {branch}"] = note
+                self._layers[branch] = frozenset()
+            else:
+                self.plan, self._shapes[branch] = plan, shape
+                call.notes["residual"] = plan.describe()
+                self._layers[branch] = frozenset(plan.held_layers)
+            self._asked[branch] = shape
+        return call.layer in self._layers[branch]
+
+    def _admit(self, call: Call, shapes: dict[str, BranchShape]) -> ResidualPlan | None:
+        """A plan that fits; None if there is none and the options adapt."""
+        if not self.options.adapt:
+            plan = self._make_plan(call, shapes)
+            call.notes["residual"] = plan.describe()
+            plan.check()
+            return plan
+        # Settings give way only before anything is kept.
+        if self.plan is not None:
+            more = self._make_plan(call, shapes)
+            return more if more.fits() else None
+        expected = dict(shapes)
+        if len(shapes) == 1 and call.step.branch not in _BOTH_AT_ONCE:
+            # Guidance most often adds a second branch of the same shape, in the same first step.
+            expected["its twin"] = next(iter(shapes.values()))
+        fitting = self._make_plan(call, expected).adapted()
+        if fitting is None:
+            return None
+        self.options = fitting.options
+        return self._make_plan(call, shapes)
 
     def _make_plan(self, call: Call, shapes: dict[str, BranchShape]) -> ResidualPlan:
         device = call.q.device
@@ -206,6 +238,8 @@ class ResidualMethod(Method):
             over the model; None is every layer.
         budget_gb: Most device memory that they may take, in 10^9 bytes. None is half of what is
             free at the first step on CUDA, and no limit elsewhere.
+        adapt: Whether the other settings give way where the residuals do not fit: fewer bits, then
+            host memory, then fewer layers. If not, they are refused.
 
     Raises:
         ValueError: On a value outside these ranges.
@@ -217,6 +251,7 @@ class ResidualMethod(Method):
     offload: bool = False
     layers: int | tuple[int, ...] | None = None
     budget_gb: float | None = None
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         _ = self.residual_options
@@ -227,7 +262,9 @@ class ResidualMethod(Method):
 
     @property
     def residual_options(self) -> ResidualOptions:
-        return ResidualOptions(self.precision, self.offload, self.layers, self.budget_gb)
+        return ResidualOptions(
+            self.precision, self.offload, self.layers, self.budget_gb, self.adapt
+        )
 
     def residual_store(self, call: Call) -> ResidualStore:
         """The store of the generation of ``call``."""

@@ -31,6 +31,8 @@ class ResidualOptions:
             over the model; None is every layer.
         budget_gb: Most device memory that they may take, in 10^9 bytes. None is half of what is
             free at the first step on CUDA, and no limit elsewhere.
+        adapt: Whether the other settings give way where the residuals do not fit: fewer bits, then
+            host memory, then fewer layers. If not, they are refused.
 
     Raises:
         ValueError: On a value outside these ranges.
@@ -40,12 +42,14 @@ class ResidualOptions:
     offload: bool = False
     layers: int | tuple[int, ...] | None = None
     budget_gb: float | None = None
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-        if not isinstance(self.offload, bool):
-            raise ValueError(f"offload must be True or False, got {self.offload!r}")
+        for name in ("offload", "adapt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         given = self.layers if isinstance(self.layers, tuple) else (self.layers,)
         if self.layers is not None and (
             not given
@@ -215,6 +219,20 @@ class ResidualPlan:
             f"{_gb(need)}: {self._contents()}; "
             + (f"what fits: {choices}" if choices else "no setting fits, use fewer tokens")
         )
+
+    def adapted(self) -> ResidualPlan | None:
+        """This plan if it fits, else the one that keeps most and does, or None.
+
+        Fewer bits come before host memory, which costs time, and both before fewer layers.
+        """
+        if self.fits():
+            return self
+        every = len(self.held_layers)
+        for _, plan in self.alternatives():
+            if len(plan.held_layers) == every:
+                return plan
+        fewer = (self._with(precision="float8", layers=n) for n in range(every - 1, 0, -1))
+        return next((plan for plan in fewer if plan.fits()), None)
 
     def alternatives(self) -> Iterator[tuple[str, ResidualPlan]]:
         """The settings nearby that fit, as a user would write them, with their plans."""

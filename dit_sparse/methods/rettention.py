@@ -142,7 +142,8 @@ class Rettention(ResidualMethod):
                 # Two kernels round differently: a row that drops nothing must not exceed 1.
                 rho = rho.clamp(max=1)
             call.memory["rho"] = rho
-            store.put(call, Residual.between(dense.out, out, _per_row(rho), self.precision))
+            precision = store.options.precision
+            store.put(call, Residual.between(dense.out, out, _per_row(rho), precision))
         call.memory["mask"], call.memory["kept"] = mask, call.step.index
         stop()
         return dense.out

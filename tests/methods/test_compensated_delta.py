@@ -44,7 +44,7 @@ def test_frozen_inputs_give_dense_attention(
 @pytest.mark.parametrize("extrapolate", [False, True])
 def test_full_density_is_dense_at_every_step(make: Any, unit: str, extrapolate: bool) -> None:
     calls = [make(grid=(3, 9, 13), text=5, seed=seed) for seed in range(6)]
-    method = CompensatedDelta(1.0, 3, unit, 1, extrapolate=extrapolate)
+    method = CompensatedDelta(1.0, 3, unit, 1, extrapolate=extrapolate, adapt=False)
     for data, out in zip(calls, run(method, calls), strict=True):
         assert (out - data.attention()).abs().max() < 1e-12
 
@@ -86,7 +86,7 @@ def test_extrapolation_continues_a_straight_line(make: Any) -> None:
         data = make(grid=(4, 8, 12), seed=0)
         data.v = start.v + step * change.v
         calls.append(data)
-    method = CompensatedDelta(0.0, 2, "all", 1, "drop", extrapolate=True)
+    method = CompensatedDelta(0.0, 2, "all", 1, "drop", extrapolate=True, adapt=False)
     out = run(method, calls)
     assert (out[3] - calls[3].attention()).abs().max() < 1e-12
     assert (out[5] - calls[5].attention()).abs().max() < 1e-12
@@ -162,7 +162,7 @@ def test_the_residual_is_dropped_in_the_last_step(make: Any) -> None:
 
 def test_a_budget_that_is_too_small_is_refused_at_the_first_step(make: Any) -> None:
     with pytest.raises(ValueError, match=r"expected the residual to take at most 0\.00 GB"):
-        CompensatedDelta(budget_gb=0.0, warmup=1).attend(make().call())
+        CompensatedDelta(budget_gb=0.0, adapt=False).attend(make().call())
 
 
 def test_warmup_as_a_share(make: Any) -> None:
@@ -231,7 +231,7 @@ def test_pooled_scores(make: Any) -> None:
         {"warmup": 0},
         {"warmup": 1.5},
         {"block": 32},
-        {"extrapolate": True, "offload": True},
+        {"extrapolate": True, "offload": True, "adapt": False},
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:

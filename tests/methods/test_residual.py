@@ -378,6 +378,46 @@ def test_refusal_comes_in_the_first_step(make: Any, branches: tuple[str, ...]) -
     Generation(make, Keep(budget_gb=need / 1e9), branches=branches).step(0)
 
 
+def test_settings_give_way_in_order_until_the_residual_fits() -> None:
+    for budget, host, expected in (
+        (70, 100e9, {}),
+        (40, 100e9, {"precision": "float8"}),
+        (8, 100e9, {"offload": True}),
+        (8, 50e9, {"precision": "float8", "offload": True}),
+        (8, 1e9, {"precision": "float8", "layers": 9}),
+    ):
+        plan = plan_of("Wan2.1-14B", budget=budget, host=host).adapted()
+        assert plan is not None and plan.fits()
+        options = ResidualOptions(**{"budget_gb": None, **expected})
+        assert (plan.options.precision, plan.options.offload, plan.options.layers) == (
+            options.precision, options.offload, options.layers,
+        )  # fmt: skip
+    assert plan_of("Wan2.1-14B", budget=0.001, host=1e3).adapted() is None
+
+
+def test_adapting_leaves_room_for_the_twin_of_the_first_branch(make: Any) -> None:
+    probe = Generation(make, Keep(), branches=("c",))
+    probe.step(0)
+    one = probe.store.plan.device_bytes
+    # Both branches fit in eight bits, or one of them as it is.
+    run = Generation(make, Keep(budget_gb=1.2 * one / 1e9, adapt=True), branches=("c", "u"))
+    run.step(0)
+    assert run.store.options.precision != "native"
+    assert run.store.plan.fits()
+    assert len(run.store.plan.branches) == 2
+    alone = Generation(make, Keep(budget_gb=1.2 * one / 1e9, adapt=True), branches=("cond_uncond",))
+    alone.step(0)
+    assert alone.store.options.precision == "native"
+
+
+def test_adapting_keeps_nothing_where_nothing_fits(make: Any) -> None:
+    run = Generation(make, Keep(budget_gb=0.0, adapt=True), branches=("c", "u"))
+    store = ResidualStore(run.method.options)
+    for branch in ("c", "u"):
+        assert not store.admit(run.call(0, branch, 0))
+    assert "none for branch 'u'" in run.run.notes["residual of u"]
+
+
 def test_cpu_has_no_limit_and_says_so(make: Any) -> None:
     run = Generation(make, Keep())
     run.step(0)
