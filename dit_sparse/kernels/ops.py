@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
 from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
+from dit_sparse.neighborhood_mask import NeighborhoodMask
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +116,41 @@ class BlockMassCall:
     scale: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NeighborhoodCall:
+    """The part of :func:`neighborhood_attention` inside partial blocks, validated.
+
+    The result is attention over the visible pairs of ``partial`` and what ``seen`` holds, in one
+    softmax.
+
+    Attributes:
+        q: Queries ``[batch, tokens, heads, dim]``.
+        k: Keys, same shape.
+        v: Values, same shape.
+        mask: The rule, shared by batch and heads.
+        partial: Its partial blocks.
+        seen: Attention over the full blocks, or None if there are none. Its tensors may be
+            overwritten.
+        key_valid: Keys that exist, ``[batch, tokens]`` bool, or None.
+        scale: Factor on the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: NeighborhoodMask
+    partial: BlockMask
+    seen: Attended | None
+    key_valid: Tensor | None
+    scale: float
+
+
 class Impl(abc.ABC):
     """One way to compute one operation. A file in this package that defines one is found.
 
     Attributes:
-        op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"`` or ``"top_blocks"``.
+        op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"`` or
+            ``"neighborhood"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
         rank: Preference of ``impl="auto"``; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
@@ -191,7 +222,7 @@ def check_impl(impl: str) -> None:
     raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
 
 
-AnyCall = AttentionCall | BlockMassCall | SummarizeCall | TopBlocksCall
+AnyCall = AttentionCall | BlockMassCall | SummarizeCall | TopBlocksCall | NeighborhoodCall
 
 
 def _operand(call: AnyCall) -> tuple[str, Tensor]:
@@ -273,6 +304,58 @@ def attention(
         return chosen(call)
     kept = chosen(replace(call, summary=None))
     out, lse = add_skipped(kept.out, kept.lse, q, mask, summary, call.scale)
+    return Attended(out, lse, kept.lse)
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: NeighborhoodMask,
+    *,
+    summary: BlockSummary | None = None,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Attended:
+    """Softmax attention over the pairs that ``mask`` shows, with its log-sum-exp.
+
+    Full blocks go through :func:`attention`. Where there are partial blocks, a second kernel goes
+    on with the same softmax inside those and applies the rule of the mask; where there are none,
+    no rule is ever computed.
+
+    Args:
+        q: Queries ``[batch, tokens, heads, dim]`` in the order of the mask.
+        k: Keys, same shape.
+        v: Values, same shape.
+        mask: What each query sees.
+        summary: Of the key blocks, from :func:`summarize`, for those that a query block does not
+            visit. Hidden keys of a partial block contribute nothing.
+        key_valid: As in :func:`attention`.
+        scale: As in :func:`attention`.
+        impl: As in :func:`attention`; it has to compute both parts.
+
+    Returns:
+        As :func:`attention`.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    shared: dict[str, Any] = {"key_valid": key_valid, "scale": scale, "impl": impl}
+    if mask.partial is None:
+        return attention(q, k, v, mask.full, summary=summary, **shared)
+    _check_operands(q, k, v, key_valid)
+    _check_mask(mask.visited, q, k)
+    if summary is not None:
+        _check_summary(summary, mask.visited, k)
+    call = NeighborhoodCall(q, k, v, mask, mask.partial, None, key_valid, _scale(q, scale))
+    chosen = select("neighborhood", call, impl)
+    if mask.full is not None:
+        call = replace(call, seen=attention(q, k, v, mask.full, **shared))
+    kept = chosen(call)
+    if summary is None:
+        return kept
+    out, lse = add_skipped(kept.out, kept.lse, q, mask.visited, summary, call.scale)
     return Attended(out, lse, kept.lse)
 
 

@@ -13,9 +13,11 @@ from dit_sparse.kernels.ops import (
     AttentionCall,
     BlockMassCall,
     Impl,
+    NeighborhoodCall,
     SummarizeCall,
     TopBlocks,
     TopBlocksCall,
+    merge,
 )
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import PackedMask, block_count
@@ -106,6 +108,37 @@ class ReferenceRowLse(Impl):
 
     def __call__(self, call: AttentionCall) -> Tensor:
         return _attend(call).lse
+
+
+class ReferenceNeighborhood(Impl):
+    op, name, rank = "neighborhood", "reference", 0
+
+    def reasons(self, call: NeighborhoodCall) -> list[str]:
+        return []
+
+    def __call__(self, call: NeighborhoodCall) -> Attended:
+        work = _work_dtype(call.q.dtype)
+        batch, tokens, heads, _ = call.q.shape
+        size, width = call.partial.block
+        out = torch.zeros(call.q.shape, dtype=work, device=call.q.device)
+        lse = torch.full((batch, heads, tokens), float("-inf"), dtype=work, device=call.q.device)
+        positions = torch.arange(tokens, device=call.q.device)
+        listed = call.partial.dense()[0, 0]
+        for row in range(block_count(tokens, size)):
+            rows = positions[row * size : (row + 1) * size]
+            keys = positions[listed[row, positions // width]]
+            for b in range(batch):
+                real = keys if call.key_valid is None else keys[call.key_valid[b, keys]]
+                hidden = ~call.mask.visible(rows, real)
+                for h in range(heads):
+                    query, key = call.q[b, rows, h].to(work), call.k[b, real, h].to(work)
+                    scores = (call.scale * (query @ key.T)).masked_fill(hidden, float("-inf"))
+                    lse[b, h, rows] = scores.logsumexp(-1)
+                    weights = scores.softmax(-1).masked_fill(hidden, 0.0)
+                    out[b, rows, h] = weights @ call.v[b, real, h].to(work)
+        found = Attended(out, lse)
+        whole = found if call.seen is None else merge(found, call.seen)
+        return Attended(whole.out.to(call.q.dtype), whole.lse)
 
 
 class ReferenceBlockMass(Impl):
