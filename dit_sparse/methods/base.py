@@ -16,6 +16,7 @@ from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
 from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.neighborhood_mask import NeighborhoodMask
 from dit_sparse.schedule import Phase, Step
 
 
@@ -169,6 +170,21 @@ class Call:
             impl=self.impl,
         )
 
+    def neighborhood_attention(
+        self, mask: NeighborhoodMask, summary: BlockSummary | None = None
+    ) -> Attended:
+        """:func:`dit_sparse.kernels.ops.neighborhood_attention` on this call's tensors."""
+        return ops.neighborhood_attention(
+            self.q,
+            self.k,
+            self.v,
+            mask,
+            summary=summary,
+            key_valid=self.key_valid,
+            scale=self.scale,
+            impl=self.impl,
+        )
+
     def summarize(self, block: int, first_order: bool = False) -> BlockSummary:
         """:func:`dit_sparse.kernels.ops.summarize` of the blocks made of video alone.
 
@@ -220,12 +236,30 @@ class Call:
             impl=self.impl,
         )
 
-    def record(self, phase: Phase, mask: PackedMask | None = None) -> None:
+    def record(self, phase: Phase, mask: PackedMask | NeighborhoodMask | None = None) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device."""
         self.phase = phase
-        if mask is not None:
-            self.head_density = mask.head_density
+        if mask is None:
+            return
+        self.head_density = mask.head_density
+        if isinstance(mask, PackedMask):
             self.kernel = ops.select("attention", self._kernel_query(mask), self.impl).name
+        else:
+            self.kernel = "+".join(self._neighborhood_kernels(mask))
+
+    def _neighborhood_kernels(self, mask: NeighborhoodMask) -> list[str]:
+        """Who computes the full and who the partial blocks; one name if it is the same."""
+        calls: dict[str, Any] = {}
+        if mask.full is not None:
+            calls["attention"] = ops.AttentionCall(
+                self.q, self.k, self.v, mask.full, self.key_valid, 1.0
+            )
+        if mask.partial is not None:
+            calls["neighborhood"] = ops.NeighborhoodCall(
+                self.q, self.k, self.v, mask, mask.partial, None, self.key_valid, 1.0
+            )
+        names = [ops.select(op, call, self.impl).name for op, call in calls.items()]
+        return list(dict.fromkeys(names))
 
     def _kernel_query(self, mask: PackedMask) -> ops.AttentionCall:
         # The choice depends on shapes and types alone: no list is made for the question.
