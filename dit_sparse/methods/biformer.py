@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dit_sparse.methods.base import Call
-from dit_sparse.methods.estimates import pooled_scores
+from dit_sparse.methods.estimates import as_mass, pooled_scores
 from dit_sparse.methods.scored import BlockScored
 
 
@@ -34,4 +34,4 @@ class BiFormer(BlockScored):
 
     def scores(self, call: Call) -> Tensor:
         scores = pooled_scores(call, self.block)
-        return scores if self.per_head else scores.sum(1, keepdim=True)
+        return as_mass(scores if self.per_head else scores.sum(1, keepdim=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.layout import Ordering, TokenLayout
-from dit_sparse.mask import block_count
+from dit_sparse.mask import PackedMask, block_count
 from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.methods.scored import BlockMasked, check_box, check_count
 
@@ -58,7 +58,7 @@ class DSVT(BlockMasked):
     def order(self, call: Call) -> Ordering:
         return self._partition(call)[0]
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         video = video_blocks(call.layout, self.block)
         tokens = min(video * self.block, call.layout.video)
         member = self._partition(call)[1][:tokens]
@@ -67,7 +67,8 @@ class DSVT(BlockMasked):
         last = member[self.block - 1 :: self.block]
         if len(last) < block_count(tokens, self.block):
             last = torch.cat([last, member[-1:]])
-        return ((first[:, None] <= last) & (last[:, None] >= first))[None, None]
+        keep = (first[:, None] <= last) & (last[:, None] >= first)
+        return self.pack(call, keep[None, None])
 
     def _partition(self, call: Call) -> tuple[Ordering, Tensor]:
         layout = call.layout

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import ops
-from dit_sparse.mask import block_sizes
+from dit_sparse.mask import PackedMask, block_count, block_sizes
 from dit_sparse.methods.base import Call, video_blocks
 
 # Scores that :func:`probe_mass` holds at a time.
@@ -27,17 +27,32 @@ def rank_of(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def top_blocks(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The ``count`` best-scored blocks of every row, bool; a row's own block comes first.
+def best_blocks(call: Call, scores: Tensor, sparsity: float, block: int) -> PackedMask:
+    """The best-scored video blocks of every row, its own first, and everything with text.
 
     Args:
-        scores: ``[batch, heads, blocks, blocks]``.
-        count: Blocks to keep, one number or a tensor that broadcasts.
+        call: Tokens ordered video first.
+        scores: ``[batch | 1, heads | 1, blocks, blocks]`` of video, not negative, 0 where no key
+            exists.
+        sparsity: Share of video blocks that a row skips.
+        block: Tokens in a block.
     """
-    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    blocks = scores.shape[-1]
+    own = torch.eye(blocks, dtype=torch.bool, device=scores.device)
     # A block of padding alone is not worth a place, not even as a row's own.
-    first = own & (scores > float("-inf"))
-    return rank_of(scores.masked_fill(first, float("inf"))) < count
+    scores = scores.masked_fill(own & (scores > 0), float("inf"))
+    text = block_count(call.layout.tokens, block) - blocks
+    scores = torch.nn.functional.pad(scores, (0, text, 0, text))
+    most = kept_count(sparsity, blocks)
+    count = torch.full((1, 1), most, device=scores.device)
+    return call.top_blocks(scores, count, block, most).mask
+
+
+def as_mass(scores: Tensor) -> Tensor:
+    """``scores`` moved above 0, row by row, in the same order; -inf becomes 0."""
+    there = scores > float("-inf")
+    least = scores.masked_fill(~there, float("inf")).amin(-1, keepdim=True)
+    return (scores - least + 1).where(there, 0.0)
 
 
 def top_share(mass: Tensor, share: float) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.methods.estimates import (
     block_means,
@@ -71,7 +72,7 @@ class FlexPrefill(Tiled, BlockSearched):
     def at_budget(self, share: float) -> FlexPrefill:
         return replace(self, gamma=share)
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         blocks = video_blocks(call.layout, self.block)
         rows = probe_rows(call, self.probes, self.block)
         mass = probe_mass(call, rows, self.block)[..., :blocks]
@@ -83,7 +84,8 @@ class FlexPrefill(Tiled, BlockSearched):
             self._vertical_slash(mass, rows // self.block, offsets(blocks, call)),
         )
         keep |= torch.eye(blocks, dtype=torch.bool, device=keep.device)
-        return keep | (rank_of(pooled) < -(-self.least // self.block))
+        keep |= rank_of(pooled) < -(-self.least // self.block)
+        return self.pack(call, keep)
 
     def distance(self, call: Call, rows: Tensor, mass: Tensor) -> Tensor:
         """Jensen-Shannon distance of a and a', ``[batch, heads]``.

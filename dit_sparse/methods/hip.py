@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.layout import Ordering, TokenLayout
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.methods.estimates import kept_count, scale_of, work_dtype
 from dit_sparse.methods.scored import BlockSearched, check_share
@@ -59,10 +60,7 @@ class HiP(BlockSearched):
             return call.tile_order(None)
         return morton_ordering(call.layout, call.q.device)
 
-    def most(self, call: Call) -> int | None:
-        return kept_count(self.sparsity, video_blocks(call.layout, self.block))
-
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         blocks = video_blocks(call.layout, self.block)
         count = kept_count(self.sparsity, blocks)
         batch, _, heads, dim = call.q.shape
@@ -74,7 +72,7 @@ class HiP(BlockSearched):
         ]
         chosen = torch.cat(rows, 2)
         keep = torch.zeros(*chosen.shape[:3], blocks, dtype=torch.bool, device=chosen.device)
-        return keep.scatter_(-1, chosen, True)
+        return self.pack(call, keep.scatter_(-1, chosen, True), count)
 
     def _narrow(self, call: Call, rows: Tensor, count: int) -> Tensor:
         """The key blocks of the query blocks ``rows``, ``[batch, heads, rows, count]`` int64."""

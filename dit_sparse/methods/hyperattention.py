@@ -64,16 +64,14 @@ class HyperAttention(Tiled):
     def exact(cls) -> HyperAttention:
         return cls(sparsity=0.0, warmup=0)
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         blocks = video_blocks(call.layout, self.block)
         count = kept_count(self.sparsity, blocks)
         place = torch.arange(blocks, device=call.q.device)
         # At either end the neighbourhood stops sliding, so that all rows keep equally many.
         start = (place - count // 2).clamp(0, blocks - count)[:, None]
-        return ((place >= start) & (place < start + count))[None, None]
-
-    def most(self, call: Call) -> int | None:
-        return kept_count(self.sparsity, video_blocks(call.layout, self.block))
+        keep = (place >= start) & (place < start + count)
+        return self.pack(call, keep[None, None], count)
 
     def attention(self, call: Call, mask: PackedMask) -> Tensor:
         directions = random_directions(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import pooled_scores, probe_mass, probe_rows
+from dit_sparse.methods.estimates import as_mass, pooled_scores, probe_mass, probe_rows
 from dit_sparse.methods.scored import BlockScored, BlockSearched, Tiled, check_count, check_share
 
 
@@ -33,7 +34,7 @@ class MInferenceBlock(BlockScored):
     tile: tuple[int, int, int] | None = field(default=None, kw_only=True)
 
     def scores(self, call: Call) -> Tensor:
-        return pooled_scores(call, self.block)
+        return as_mass(pooled_scores(call, self.block))
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class MInferenceVS(Tiled, BlockSearched):
     def exact(cls) -> MInferenceVS:
         return cls(sparsity=0.0, warmup=0)
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         blocks = video_blocks(call.layout, self.block)
         rows = probe_rows(call, self.probes, self.block)
         mass = probe_mass(call, rows, self.block)[..., :blocks]
@@ -90,7 +91,7 @@ class MInferenceVS(Tiled, BlockSearched):
         )
         budget = round((1 - self.sparsity) * blocks * blocks)
         needed = (covers.cumsum(-1) < budget).sum(-1)
-        return first <= needed[..., None, None]
+        return self.pack(call, first <= needed[..., None, None])
 
 
 def offsets(blocks: int, call: Call) -> Tensor:

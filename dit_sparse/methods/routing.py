@@ -67,14 +67,11 @@ class Routing(BlockScored):
             check_count("clusters", self.clusters)
 
     def attention(self, call: Call, mask: PackedMask) -> Tensor:
+        if "orders" not in call.memory:
+            # Text shares the only block with video: nothing was searched, everything is kept.
+            return super().attention(call, mask)
         queries, keys = call.memory["orders"]
         return queries.undo(regroup(call, queries, keys).attention(mask).out)
-
-    def find(self, call: Call) -> PackedMask:
-        # Where text shares the only block with video there is no search, but an order all the same.
-        same = call.q.new_zeros(call.q.shape[0], call.q.shape[2], call.layout.video).long()
-        call.memory["orders"] = (HeadOrder.by(same, call),) * 2
-        return super().find(call)
 
     def scores(self, call: Call) -> Tensor:
         video = call.layout.video
@@ -95,8 +92,7 @@ class Routing(BlockScored):
         scores = scale_of(call) * (queries @ keys.mT)  # of one query to one key
         scores = scores.masked_fill((size == 0)[:, :, None], float("-inf"))
         total = (scores + size.log()[:, :, None]).logsumexp(-1, keepdim=True)
-        mass = rows @ (scores - total).exp() @ columns.mT
-        return mass.masked_fill((columns.sum(-1) == 0)[:, :, None], float("-inf"))
+        return rows @ (scores - total).exp() @ columns.mT
 
     def _cluster(
         self, call: Call, points: list[Tensor], valid: Tensor | None

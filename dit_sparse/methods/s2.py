@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.methods.scored import Tiled, check_count
 
@@ -50,11 +50,11 @@ class S2(Tiled):
     def at_budget(self, share: float) -> S2:
         return replace(self, stride=max(1, round(1 / share)))
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         device = call.q.device
         place = torch.arange(video_blocks(call.layout, self.block), device=device)
         heads = call.q.shape[2]
         shift = torch.arange(heads, device=device) * max(1, self.stride // heads) + call.layer
         shard = (place + shift[:, None]) % self.stride == 0
         band = (place[:, None] - place).abs() <= self.band
-        return (shard[:, None] | band)[None]
+        return self.pack(call, (shard[:, None] | band)[None])

@@ -1,9 +1,9 @@
 """What methods share that find a block mask by some cheap score: each is then its formula.
 
-The skeleton: a dense warm-up; then, every few steps, :meth:`BlockMasked.keep` tells which video
-blocks see which, text is added, and attention runs under that mask until the next search. Text
-blocks, and the block that mixes text and video, are kept as rows and as columns, so that text
-conditioning stays exact; they are charged to no budget.
+The skeleton: a dense warm-up; then, every few steps, :meth:`BlockMasked.find` chooses which video
+blocks see which, and attention runs under that mask until the next search. Text blocks, and the
+block that mixes text and video, are kept as rows and as columns, so that text conditioning stays
+exact; they are charged to no budget.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import abc
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_sparse.layout import Ordering
 from dit_sparse.mask import PackedMask, block_count
 from dit_sparse.methods.base import Call, Method, video_blocks
-from dit_sparse.methods.estimates import kept_count, top_blocks
+from dit_sparse.methods.estimates import best_blocks
 from dit_sparse.schedule import Cadence, Phase
 
 
@@ -51,19 +50,8 @@ class BlockMasked(Method):
         return call.tile_order(None)
 
     @abc.abstractmethod
-    def keep(self, call: Call) -> Tensor:
-        """Which video key blocks each video query block keeps.
-
-        Args:
-            call: With its tokens in :meth:`order`; has at least one video block.
-
-        Returns:
-            ``[batch | 1, heads | 1, video_blocks, video_blocks]`` bool.
-        """
-
-    def most(self, call: Call) -> int | None:
-        """Upper bound of the video blocks that a row keeps, on the host; None if not known."""
-        return None
+    def find(self, call: Call) -> PackedMask:
+        """The mask of ``call``, which has its tokens in :meth:`order` and a video block or more."""
 
     def attend(self, call: Call) -> Tensor:
         phase = self.cadence().phase(call.step, call.memory.get("found"))
@@ -74,7 +62,10 @@ class BlockMasked(Method):
         moved = call.ordered(order)
         if phase is Phase.REFRESH:
             stop = call.search_watch.start(call.q.device)
-            call.memory["mask"] = self.find(moved)
+            if video_blocks(call.layout, self.block):
+                call.memory["mask"] = self.find(moved)
+            else:
+                call.memory["mask"] = self.pack(moved, call.q.new_ones((1, 1, 0, 0)).bool())
             call.memory["found"] = call.step.index
             stop()
         mask = call.memory["mask"]
@@ -82,15 +73,21 @@ class BlockMasked(Method):
         out = self.attention(moved, mask)
         return out if order is None else order.undo(out)
 
-    def find(self, call: Call) -> PackedMask:
-        """The mask: :meth:`keep` and, as rows and as columns, everything with text."""
-        total = block_count(call.layout.tokens, self.block)
-        video = video_blocks(call.layout, self.block)
-        free = self.keep(call) if video else call.q.new_ones((1, 1, 0, 0), dtype=torch.bool)
-        keep = free.new_ones((*free.shape[:2], total, total))
-        keep[..., :video, :video] = free
-        longest = None if call.layout.text else self.most(call)
-        return PackedMask.from_dense(keep, self.block, call.layout.tokens, longest)
+    def pack(self, call: Call, keep: Tensor, most: int | None = None) -> PackedMask:
+        """The mask that keeps ``keep`` and, as rows and as columns, everything with text.
+
+        Args:
+            call: With its tokens in :meth:`order`.
+            keep: Video key blocks that each video query block keeps,
+                ``[batch | 1, heads | 1, video_blocks, video_blocks]`` bool.
+            most: Upper bound of the blocks that a row of ``keep`` has, on the host; None if not
+                known.
+        """
+        total, video = block_count(call.layout.tokens, self.block), keep.shape[-1]
+        whole = keep.new_ones((*keep.shape[:2], total, total))
+        whole[..., :video, :video] = keep
+        longest = None if call.layout.text else most
+        return PackedMask.from_dense(whole, self.block, call.layout.tokens, longest)
 
     def attention(self, call: Call, mask: PackedMask) -> Tensor:
         """Attention ``[batch, tokens, heads, dim]`` of ``call``, its tokens in :meth:`order`."""
@@ -159,16 +156,12 @@ class BlockScored(Tiled, BlockSearched):
             call: With its tokens in :meth:`order`.
 
         Returns:
-            ``[batch | 1, heads | 1, video_blocks, video_blocks]``, -inf for a key block that does
-            not exist (padding).
+            ``[batch | 1, heads | 1, video_blocks, video_blocks]``, not negative; 0 for a key block
+            that does not exist (padding).
         """
 
-    def keep(self, call: Call) -> Tensor:
-        blocks = video_blocks(call.layout, self.block)
-        return top_blocks(self.scores(call), kept_count(self.sparsity, blocks))
-
-    def most(self, call: Call) -> int | None:
-        return kept_count(self.sparsity, video_blocks(call.layout, self.block))
+    def find(self, call: Call) -> PackedMask:
+        return best_blocks(call, self.scores(call), self.sparsity, self.block)
 
 
 def check_box(name: str, value: Any) -> None:

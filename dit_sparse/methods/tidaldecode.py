@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import kept_count, probe_mass, probe_rows, top_blocks, video_mass
+from dit_sparse.methods.estimates import best_blocks, kept_count, probe_mass, probe_rows, video_mass
 from dit_sparse.methods.scored import BlockSearched, Tiled, check_share
 from dit_sparse.schedule import Phase
 
@@ -87,20 +87,18 @@ class TidalDecode(Tiled, BlockSearched):
             reused = self._reuse(call, found)
             if reused is not None:
                 return reused
-        call.shared["mask"] = super().find(call)
+        call.shared["mask"] = self.search(call)
         return call.shared["mask"]
 
-    def keep(self, call: Call) -> Tensor:
+    def search(self, call: Call) -> PackedMask:
+        """The mask of this layer's own attention mass."""
         mass = video_mass(call, call.q, call.k, self.block)
-        return top_blocks(mass, kept_count(self.sparsity, mass.shape[-1]))
-
-    def most(self, call: Call) -> int | None:
-        return kept_count(self.sparsity, video_blocks(call.layout, self.block))
+        return best_blocks(call, mass, self.sparsity, self.block)
 
     def _reuse(self, call: Call, found: PackedMask) -> PackedMask | None:
         """The anchor's masks, matched to heads; None where one of them is not good enough."""
         blocks = video_blocks(call.layout, self.block)
-        if not blocks or not (self.match_heads or self.min_recall is not None):
+        if not (self.match_heads or self.min_recall is not None):
             return found
         rows = probe_rows(call, _PROBES, self.block)
         mass = probe_mass(call, rows, self.block)[..., :blocks]

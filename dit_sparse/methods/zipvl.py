@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.methods.estimates import probe_mass, probe_rows, top_share
 from dit_sparse.methods.scored import BlockSearched, Tiled, check_count, check_share
@@ -52,11 +52,11 @@ class ZipVL(Tiled, BlockSearched):
     def at_budget(self, share: float) -> ZipVL:
         return replace(self, tau=share)
 
-    def keep(self, call: Call) -> Tensor:
+    def find(self, call: Call) -> PackedMask:
         blocks = video_blocks(call.layout, self.block)
         rows = probe_rows(call, self.probes, self.block)
         mass = probe_mass(call, rows, self.block)[..., :blocks].sum(-2)
         if not self.per_head:
             mass = mass.sum(1, keepdim=True)
         own = torch.eye(blocks, dtype=torch.bool, device=mass.device)
-        return top_share(mass, self.tau)[..., None, :] | own
+        return self.pack(call, top_share(mass, self.tau)[..., None, :] | own)

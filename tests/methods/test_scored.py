@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_sparse.mask import block_count
 from dit_sparse.methods import list_methods
 from dit_sparse.methods.estimates import (
+    as_mass,
+    best_blocks,
     block_means,
     probe_mass,
     probe_rows,
     rank_of,
-    top_blocks,
     top_share,
 )
 from dit_sparse.methods.scored import BlockMasked, BlockScored, BlockSearched
@@ -296,11 +297,29 @@ def test_top_share_is_the_shortest_prefix() -> None:
     assert not top_share(mass, 0.0).any()
 
 
-def test_ranks_break_ties_by_place_and_padding_wins_nothing() -> None:
+def test_ranks_break_ties_by_place() -> None:
     assert rank_of(torch.tensor([3.0, 5.0, 3.0])).tolist() == [1, 0, 2]
-    scores = torch.tensor([[0.0, 2.0, 1.0], [0.0, float("-inf"), 1.0], [0.0, 2.0, 1.0]])
-    kept = top_blocks(scores[None, None], 1)[0, 0]
-    assert kept.tolist() == [[True, False, False], [False, False, True], [False, False, True]]
+
+
+def test_scores_above_zero_keep_their_order() -> None:
+    scores = torch.tensor([[-3.0, float("-inf"), 7.0, -90.0], [2.0, 1.0, float("-inf"), 3.0]])
+    mass = as_mass(scores)
+    assert torch.equal(rank_of(mass), rank_of(scores))
+    assert (mass == 0).nonzero().tolist() == [[0, 1], [1, 2]]
+    assert (mass >= 0).all()
+
+
+@pytest.mark.parametrize("text", [0, 70])
+def test_the_best_blocks_are_kept_and_padding_wins_nothing(make: Any, text: int) -> None:
+    call = make(grid=(1, 3, 64), text=text).call()
+    scores = torch.tensor([[0.1, 2.0, 1.0], [0.5, 0.0, 1.0], [0.5, 2.0, 1.0]])
+    keep = best_blocks(call, scores[None, None], 0.7, 64).dense()[0, 0]
+    # The second key block does not exist.
+    assert keep[:3, :3].int().tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
+    assert keep[3:].all()
+    assert keep[:, 3:].all()
+    two = best_blocks(call, scores[None, None], 0.3, 64).dense()[0, 0, :3, :3]
+    assert two.int().tolist() == [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
 
 
 def test_a_mask_of_text_alone_is_dense(make: Any) -> None:

@@ -51,13 +51,13 @@ def test_layers_share_within_a_branch_and_a_generation(monkeypatch: pytest.Monke
         num_layers=3,
     ).eval()
     searches: list[tuple[str, int]] = []
-    original = TidalDecode.keep
+    original = TidalDecode.search
 
-    def keep(self: Any, call: Any) -> Any:
+    def search(self: Any, call: Any) -> Any:
         searches.append((call.step.branch, call.layer))
         return original(self, call)
 
-    monkeypatch.setattr(TidalDecode, "keep", keep)
+    monkeypatch.setattr(TidalDecode, "search", search)
     model.set_attn_processor(
         SparseProcessor(SparseConfig(TidalDecode(0.5, (1,), warmup=1, every=1)))
     )

@@ -25,13 +25,13 @@ def attend(method: TidalDecode, data: Any, layer: int, shared: dict, layers: int
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Layers that searched."""
     found: list[int] = []
-    original = TidalDecode.keep
+    original = TidalDecode.search
 
-    def keep(self: Any, call: Any) -> Any:
+    def search(self: Any, call: Any) -> Any:
         found.append(call.layer)
         return original(self, call)
 
-    monkeypatch.setattr(TidalDecode, "keep", keep)
+    monkeypatch.setattr(TidalDecode, "search", search)
     return found
 
 
