@@ -39,7 +39,8 @@ class MoA(Tiled):
 
         minimise ``sum_h loss[h, c_h]`` subject to ``mean_h cost[c_h] <= 1 - sparsity``
 
-    over the heads of the model (or of a layer) at once, cost being density, by branch and bound.
+    over the heads of the model (or of a layer) at once, by branch and bound. The cost of a span is
+    its density among video blocks.
 
     The paper measures the loss of a span by the gradients of a language model's loss on calibration
     text and lets spans grow with the length, ``alpha + beta * length``; here shares of the grid are
@@ -48,7 +49,7 @@ class MoA(Tiled):
     generation, or never with a ``plan`` from :func:`dit_sparse.eval.moa.plan_spans`.
 
     Attributes:
-        sparsity: Mean share of pairs that heads skip at least, in [0, 1).
+        sparsity: Mean share of video pairs that heads skip at least, in [0, 1).
         spans: What heads choose from.
         scope: Whether the budget is that of the model, or of every layer by itself.
         distinct: Most different spans in a layer, or None for any number.
@@ -191,7 +192,7 @@ class MoA(Tiled):
 def span_masks(
     layout: TokenLayout, tile: tuple[int, int, int] | None, block: int, spans: tuple[Span, ...]
 ) -> tuple[Tensor, NDArray[np.float64]]:
-    """Blocks that each span keeps, with all text, and its density.
+    """Blocks that each span keeps, with all text, and its density among the video blocks.
 
     Args:
         layout: What the tokens are.
@@ -204,20 +205,22 @@ def span_masks(
     """
     total, video = block_count(layout.tokens, block), video_blocks(layout, block)
     keep = torch.ones(len(spans), total, total, dtype=torch.bool)
-    if video:
-        order = tile_ordering_on(layout, tile or (1, 1, layout.grid[2]), torch.device("cpu"))
-        tokens = min(video * block, layout.video)
-        coords = layout.coords()[order.perm[:tokens]]
-        # A ragged last block repeats its last token.
-        place = torch.arange(video * block).clamp(max=tokens - 1)
-        boxes = coords[place].view(video, block, 3)
-        low, high = boxes.amin(1), boxes.amax(1)
-        gap = torch.maximum(low[None] - high[:, None], low[:, None] - high[None]).clamp(min=0)
-        for number, span in enumerate(spans):
-            reach = torch.tensor(span) * torch.tensor(layout.grid)
-            keep[number, :video, :video] = (gap <= reach).all(-1)
-    density = PackedMask.from_dense(keep[None], block, layout.tokens).head_density[0]
-    return keep, density.double().numpy()
+    if not video:
+        # Text shares the only block: everything is kept and nothing is charged.
+        return keep, np.zeros(len(spans))
+    order = tile_ordering_on(layout, tile or (1, 1, layout.grid[2]), torch.device("cpu"))
+    tokens = min(video * block, layout.video)
+    coords = layout.coords()[order.perm[:tokens]]
+    # A ragged last block repeats its last token.
+    place = torch.arange(video * block).clamp(max=tokens - 1)
+    boxes = coords[place].view(video, block, 3)
+    low, high = boxes.amin(1), boxes.amax(1)
+    gap = torch.maximum(low[None] - high[:, None], low[:, None] - high[None]).clamp(min=0)
+    for number, span in enumerate(spans):
+        reach = torch.tensor(span) * torch.tensor(layout.grid)
+        keep[number, :video, :video] = (gap <= reach).all(-1)
+    free = PackedMask.from_dense(keep[None, :, :video, :video], block, tokens)
+    return keep, free.head_density[0].double().numpy()
 
 
 def choose_spans(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_sparse.layout import Ordering, TokenLayout
 from dit_sparse.mask import PackedMask
@@ -128,3 +129,22 @@ def plant(make: Make) -> Plant:
         return data
 
     return build
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the most elements that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.fixture
+def largest_output() -> LargestOutput:
+    """A context whose ``numel`` tells the most elements of a tensor made inside it."""
+    return LargestOutput()
