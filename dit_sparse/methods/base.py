@@ -284,9 +284,12 @@ class Method(abc.ABC):
         Raises:
             ValueError: If this method has no such setting.
         """
-        if "sparsity" not in {f.name for f in fields(self)}:
-            raise ValueError(
-                f"method {self.name!r} has no setting for its density, so it cannot be compared at "
-                "a given one; leave it out"
-            )
-        return replace(self, sparsity=1 - share)  # type: ignore[call-arg]
+        settings = {f.name for f in fields(self)}
+        if "density" in settings:
+            return replace(self, density=share)  # type: ignore[call-arg]
+        if "sparsity" in settings:
+            return replace(self, sparsity=1 - share)  # type: ignore[call-arg]
+        raise ValueError(
+            f"method {self.name!r} has no setting for its density, so it cannot be compared at a "
+            "given one; leave it out"
+        )

@@ -38,7 +38,7 @@ class DoubleSparsity(BlockScored):
     Source: arXiv 2408.07092, section 3.
     """
 
-    name = "double-sparsity"
+    name = "double_sparsity"
 
     channels: int = 16
     rotary: Literal["interleaved", "halves"] | None = "interleaved"

@@ -29,7 +29,7 @@ class MInferenceBlock(BlockScored):
     Source: arXiv 2407.02490, algorithm 3 (block-sparse heads).
     """
 
-    name = "minference-block"
+    name = "minference_block"
     # Runs of raster order, as in the paper.
     tile: tuple[int, int, int] | None = field(default=None, kw_only=True)
 
@@ -57,7 +57,7 @@ class MInferenceVS(Tiled, BlockSearched):
     Source: arXiv 2407.02490, algorithm 2 (vertical-slash heads).
     """
 
-    name = "minference-vs"
+    name = "minference_vs"
 
     sparsity: float = 0.8
     probes: int = 64

@@ -108,6 +108,8 @@ def test_methods_know_their_budget_or_say_that_they_do_not() -> None:
         with pytest.raises(ValueError, match=f"{name}.*no setting for its density"):
             known[name]().at_budget(0.3)
     assert known["adaspa"](block=128).at_budget(0.3) == known["adaspa"](sparsity=0.7, block=128)
+    delta = known["compensated_delta"]
+    assert delta(period=4).at_budget(0.3) == delta(density=0.3, period=4)
 
 
 TINY = {"steps": 3, "height": 64, "width": 64, "frames": 4, "device": "cpu"}
