@@ -43,3 +43,15 @@ def test_a_head_is_a_band_and_every_vth_column(make: Any) -> None:
         assert torch.equal(masks[head], band | ((place + head) % 4 == 0))
     far = masks[:, ~band].double().mean()
     assert abs(float(far) - 1 / 4) < 0.02
+
+
+def test_layers_of_one_shift_share_their_mask(make: Any) -> None:
+    data, shared, masks = make(grid=(8, 8, 16), heads=2), {}, []
+    for layer in range(6):
+        memory: dict[str, Any] = {}
+        call = data.call(0, memory)
+        call.layer, call.shared = layer, shared
+        S2(4, warmup=0).attend(call)
+        masks.append(memory["mask"])
+    assert masks[4] is masks[0] and masks[5] is masks[1]
+    assert not torch.equal(masks[0].dense(), masks[1].dense())
