@@ -160,9 +160,10 @@ def _means(x: Tensor, label: Tensor, count: int, valid: Tensor | None) -> tuple[
     work = work_dtype(x.dtype)
     sums = torch.zeros(*x.shape[:2], count, x.shape[-1], dtype=work, device=x.device)
     size = torch.zeros(*x.shape[:2], count, dtype=work, device=x.device)
+    numbers = torch.arange(count, device=x.device)
     for part in _parts(x, count):
         # As a product rather than a scatter, whose order of addition varies on a GPU.
-        member = torch.nn.functional.one_hot(label[:, :, part], count).to(work)
+        member = (label[:, :, part, None] == numbers).to(work)
         if valid is not None:
             member = member * valid[:, None, part, None]
         sums += member.mT @ x[:, :, part].to(work)
