@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # How near the achieved density must come to the one asked for.
 TOLERANCE = 0.01
+# Measurements in a row that bring no new density before the search gives up.
+_MOST_REPEATS = 3
 # The share asked for at the lower end: no method keeps less than its forced blocks.
 _LEAST_SHARE = 1e-3
 
@@ -79,7 +81,7 @@ def bisect_density(
     high = (1.0, 1.0)
     known: dict[SparseConfig, float] = {}
     tries: list[tuple[float, float]] = []
-    share = target
+    share, repeats = target, 0
     while len(tries) < most_tries:
         config = make_config(share)
         if config not in known:
@@ -87,6 +89,10 @@ def bisect_density(
             tries.append((share, known[config]))
         density = known[config]
         if abs(density - target) <= tolerance:
+            break
+        # A density seen before, time and again: blocks are whole, and there is none in between.
+        repeats = repeats + 1 if density in (low[1], high[1]) else 0
+        if repeats == _MOST_REPEATS:
             break
         if density < target:
             low = (share, density)

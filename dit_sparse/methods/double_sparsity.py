@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,6 +31,7 @@ class DoubleSparsity(BlockScored):
         channels: r. Below 16 nothing is saved, the least that a tensor core multiplies at a time.
         rotary: Where the two channels of a frequency are: ``"interleaved"`` (2 c and 2 c + 1),
             ``"halves"`` (c and c + d / 2), or None to take every channel for itself.
+        every: Steps that a mask serves; a search makes two passes over queries and keys.
 
     Raises:
         ValueError: On a value outside these ranges.
@@ -42,6 +43,7 @@ class DoubleSparsity(BlockScored):
 
     channels: int = 16
     rotary: Literal["interleaved", "halves"] | None = "interleaved"
+    every: int = field(default=5, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,6 +73,13 @@ def test_a_method_of_few_densities_gives_the_nearest_and_stops() -> None:
     assert len(seen) == len(set(seen)) <= 4
 
 
+def test_whole_blocks_end_the_search_early() -> None:
+    # Of 32 blocks 9 or 10 can be kept; every share gives another configuration all the same.
+    found = bisect_density(config, 0.3, lambda setting: round(32 * share_of(setting)) / 32)
+    assert found.density in (9 / 32, 10 / 32)
+    assert len(found.tries) <= 6
+
+
 def test_a_target_below_what_a_method_keeps_gives_its_least() -> None:
     found = bisect_density(config, 0.1, lambda setting: max(0.35, share_of(setting)))
     assert found.density == 0.35
