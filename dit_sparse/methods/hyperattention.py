@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import PackedMask, block_count
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import kept_count
+from dit_sparse.methods.estimates import block_means, kept_count
 from dit_sparse.methods.head_order import HeadOrder, regroup
 from dit_sparse.methods.scored import Tiled, check_count, check_share
 
@@ -22,9 +22,10 @@ class HyperAttention(Tiled):
 
     The hash of a vector is the sign pattern of its products with a few random directions, ranked in
     Gray code order, so that neighbours differ in one sign. Queries and keys are sorted by it, each
-    for itself and in every head. Query block p attends in full to the ``round((1 - sparsity) N)``
-    key blocks around place p. Every other block of n keys is represented by one of them, drawn
-    uniformly, whose weight counts n times: with K the kept keys
+    for itself and in every head; what all of them have in common is taken off first (ours), because
+    it would decide most signs for all alike. Query block p attends in full to the
+    ``round((1 - sparsity) N)`` key blocks around place p. Every other block of n keys is
+    represented by one of them, drawn uniformly, whose weight counts n times: with K the kept keys
 
         ``sum_{j in K} exp(s_ij) + sum_{blocks c not kept} n_c exp(s_{i, sample(c)})``
 
@@ -78,10 +79,14 @@ class HyperAttention(Tiled):
             call.q.shape[-1], self.bits, self.seed + call.layer, call.q.device
         )
         video = call.layout.video
-        queries, keys = (
-            HeadOrder.by(gray_rank(x[:, :video], directions).transpose(1, 2), call)
-            for x in (call.q, call.k)
-        )
+        valid = None if call.key_valid is None else call.key_valid[:, :video]
+        orders = []
+        for x in (call.q, call.k):
+            products = x[:, :video] @ directions.to(x.dtype)
+            mean, _ = block_means(products, video, valid)
+            rank = gray_rank(products - mean.transpose(1, 2).to(x.dtype))
+            orders.append(HeadOrder.by(rank.transpose(1, 2), call))
+        queries, keys = orders
         moved = regroup(call, queries, keys)
         drawn = self.draw(moved) if self.sample else None
         return queries.undo(moved.attention(mask, drawn).out)
@@ -119,16 +124,13 @@ def random_directions(dim: int, bits: int, seed: int, device: torch.device) -> T
     return torch.randn(dim, bits, generator=rng).to(device)
 
 
-def gray_rank(x: Tensor, directions: Tensor) -> Tensor:
-    """Rank of the sign pattern of ``x @ directions`` in Gray code order, ``[...]`` int64.
-
-    Patterns of neighbouring ranks differ in one sign.
+def gray_rank(products: Tensor) -> Tensor:
+    """Rank of a sign pattern in Gray code order, ``[...]`` int64; neighbours differ in one sign.
 
     Args:
-        x: ``[..., dim]``.
-        directions: ``[dim, bits]``.
+        products: With some directions, ``[..., directions]``.
     """
-    signs = (x @ directions.to(x.dtype) > 0).long()
+    signs = (products > 0).long()
     # The inverse of n ^ (n >> 1): bit i of the rank is the parity of the signs from i upwards.
     parity = signs.flip(-1).cumsum(-1).flip(-1) % 2
-    return (parity << torch.arange(directions.shape[1], device=x.device)).sum(-1)
+    return (parity << torch.arange(signs.shape[-1], device=signs.device)).sum(-1)

@@ -124,7 +124,9 @@ class Routing(BlockScored):
             centroids = torch.where(size.unsqueeze(-1) > 0, means, centroids)
         # Numbered so that neighbours are alike: a block over the border of two clusters mixes less.
         directions = random_directions(x.shape[-1], _ORDER_BITS, 0, x.device)
-        rank = gray_rank(centroids - centroids.mean(2, keepdim=True), directions)
+        rank = gray_rank(
+            (centroids - centroids.mean(2, keepdim=True)) @ directions.to(centroids.dtype)
+        )
         order = rank.argsort(dim=-1, stable=True).unsqueeze(-1)
         centroids = centroids.take_along_dim(order, 2)
         return nearest(x, centroids), centroids

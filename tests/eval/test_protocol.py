@@ -34,7 +34,7 @@ def share_of(setting: SparseConfig) -> float:
 @given(
     st.floats(0.4, 5),
     st.floats(0, 0.1),
-    st.floats(0.15, 0.9),
+    st.floats(0.2, 0.9),
 )
 def test_any_rising_curve_is_met(power: float, floor: float, target: float) -> None:
     calls = []

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def test_patterns_of_neighbouring_ranks_differ_in_one_sign() -> None:
     patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 5)
-    rank = gray_rank(patterns, torch.eye(5))
+    rank = gray_rank(patterns)
     assert rank.sort().values.tolist() == list(range(32))
     ordered = patterns[rank.argsort()]
     assert ((ordered[1:] != ordered[:-1]).sum(-1) == 1).all()
@@ -46,6 +46,16 @@ def test_equal_queries_and_keys_land_in_one_block(make: Any) -> None:
     method = HyperAttention(7 / 8, bits=16, sample=False, warmup=0)
     out = method.attend(data.call(0))
     # One block a row: a token sees its own group alone, wherever the group is scattered.
+    assert (out[0, torch.arange(512), :, group] - 1).abs().max() < 1e-12
+
+
+def test_what_all_tokens_share_does_not_hide_who_is_alike(make: Any) -> None:
+    data, group = clusters(make, scattered=True)
+    # A bias on all keys changes no softmax; one on queries and keys would fix most signs.
+    data.q, data.k = data.q + 20, data.k - 20
+    data.v = torch.zeros_like(data.v)
+    data.v[0, torch.arange(512), :, group] = 1.0
+    out = HyperAttention(7 / 8, bits=16, sample=False, warmup=0).attend(data.call(0))
     assert (out[0, torch.arange(512), :, group] - 1).abs().max() < 1e-12
 
 
