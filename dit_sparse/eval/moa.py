@@ -43,8 +43,8 @@ def plan_spans(pipe: Any, method: MoA, prompts: Sequence[str], **arguments: Any)
 
         def after_step(pipe: Any, index: int, timestep: Any, tensors: dict) -> dict:
             nonlocal costs
-            branches = [branch.shared for branch in binding.run.branches.values()]
-            if all(len(shared.get("losses", ())) == len(binding.sites) for shared in branches):
+            branches = [kept for kept in binding.run.shared.values() if "losses" in kept]
+            if branches and all(len(kept["losses"]) == len(binding.sites) for kept in branches):
                 for shared in branches:
                     losses = shared["losses"]
                     tables.append(torch.stack([losses[layer] for layer in sorted(losses)]).cpu())

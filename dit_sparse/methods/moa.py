@@ -115,8 +115,8 @@ class MoA(Tiled):
             stop = call.search_watch.start(call.q.device)
             losses = self.losses(moved, out if order is None else order.apply(out))
             call.memory["losses"] = losses
-            call.shared.setdefault("losses", {})[call.layer] = losses
-            call.shared["cost"] = self._cost(call)
+            call.branch_shared.setdefault("losses", {})[call.layer] = losses
+            call.branch_shared["cost"] = self._cost(call)
             stop()
             call.record(phase)
             return out
@@ -164,9 +164,9 @@ class MoA(Tiled):
                     f"{[len(heads) for heads in self.plan]}"
                 )
             return list(self.plan[call.layer])
-        choice = call.shared.setdefault("choice", {})
+        choice = call.branch_shared.setdefault("choice", {})
         if call.layer not in choice:
-            tables = call.shared["losses"]
+            tables = call.branch_shared["losses"]
             # Layers that searched late, as a step cache may have them do, share what they have.
             layers = sorted(set(tables) - set(choice)) if self.scope == "model" else [call.layer]
             # The one read-back of a generation.

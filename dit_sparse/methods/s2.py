@@ -52,7 +52,7 @@ class S2(Tiled):
 
     def find(self, call: Call) -> PackedMask:
         # Layers whose shift is the same share one mask.
-        masks = call.shared.setdefault("masks", {})
+        masks = call.branch_shared.setdefault("masks", {})
         turn = call.layer % self.stride
         if turn not in masks:
             masks[turn] = self.shards(call, turn)

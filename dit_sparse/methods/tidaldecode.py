@@ -81,14 +81,14 @@ class TidalDecode(Tiled, BlockSearched):
         return super().attend(call)
 
     def find(self, call: Call) -> PackedMask:
-        found = call.shared.get("mask")
+        found = call.branch_shared.get("mask")
         # A step cache may have skipped the anchor.
         if found is not None and call.layer not in self.layers(call.layers):
             reused = self._reuse(call, found)
             if reused is not None:
                 return reused
-        call.shared["mask"] = self.search(call)
-        return call.shared["mask"]
+        call.branch_shared["mask"] = self.search(call)
+        return call.branch_shared["mask"]
 
     def search(self, call: Call) -> PackedMask:
         """The mask of this layer's own attention mass."""

@@ -168,7 +168,7 @@ def uneven(make: Any) -> list[Any]:
 def test_the_budget_goes_where_it_is_needed(uneven: list[Any]) -> None:
     def choice(scope: str, sparsity: float) -> dict[int, list[int]]:
         call, _ = generation(MoA(sparsity, SPANS, scope, warmup=1), uneven, 2)[1][0]  # type: ignore
-        return call.shared["choice"]
+        return call.branch_shared["choice"]
 
     # One dense head of four and three tiles of sixteen: a mean density of 0.297.
     assert choice("model", 0.7) == {0: [0, 0], 1: [0, 3]}
@@ -204,7 +204,7 @@ def test_one_choice_a_generation_serves_all_layers(
             call.layer, call.layers, call.shared = layer, 2, shared
             method.attend(call)
     assert solved == [1, 1]
-    assert set(shared["choice"]) == {0, 1}
+    assert set(call.branch_shared["choice"]) == {0, 1}
 
 
 def test_a_plan_is_followed_without_a_search(uneven: list[Any]) -> None:
@@ -221,9 +221,9 @@ def test_a_plan_is_followed_without_a_search(uneven: list[Any]) -> None:
 def test_few_different_spans_in_a_layer(make: Any) -> None:
     layers = [make(heads=6, seed=s, sharp=float(s)) for s in (1, 4)]
     free, few = (
-        generation(MoA(0.5, SPANS, distinct=d, warmup=1), layers, 2)[1][0][0].shared["choice"]
-        for d in (None, 1)
+        generation(MoA(0.5, SPANS, distinct=d, warmup=1), layers, 2)[1][0][0] for d in (None, 1)
     )
+    free, few = (call.branch_shared["choice"] for call in (free, few))
     assert max(len(set(heads)) for heads in free.values()) > 1
     assert [len(set(heads)) for heads in few.values()] == [1, 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from dit_sparse import SparseConfig, SparseProcessor
 from dit_sparse.methods.tidaldecode import TidalDecode
 from dit_sparse.processors.binding import binding_of
-from dit_sparse.processors.run import Run
+from dit_sparse.processors.run import Branch, Run
 
 
 @dataclass
@@ -67,29 +67,37 @@ def test_layers_share_within_a_branch_and_a_generation(monkeypatch: pytest.Monke
             forward(model, branch, index)
     # Layer 0 is dense, layer 1 searches in each branch, layer 2 takes over.
     assert searches == [("cond", 1), ("uncond", 1)] * 2
-    cond, uncond = (run.branches[name] for name in ("cond", "uncond"))
-    assert cond.shared["mask"] is cond.memory[1]["mask"]
-    assert cond.shared["mask"] is not uncond.shared["mask"]
+    cond, uncond = run.shared.values()
+    assert cond["mask"] is run.branches["cond"].memory[1]["mask"]
+    assert uncond["mask"] is run.branches["uncond"].memory[1]["mask"]
+    assert cond["mask"] is not uncond["mask"]
     density = run.log["cond", 2].sparse_density
     assert density is not None and density.max() < 2
     forward(model, "cond", 0)
     assert run.generation == 1
-    assert run.branches["cond"].shared == {}
+    assert run.shared == {}
 
 
-def test_shared_tensors_are_counted_once() -> None:
+def test_shared_tensors_are_counted_once(make: Any) -> None:
     run = Run()
-    run.context = Context("cond", 0, 4)
-    branch = run.enter(0, None, _layout(), 4, ())
+    run.branches["cond"] = Branch(None, None, None)  # type: ignore[arg-type]
     kept = torch.zeros(100)
-    branch.memory[0] = {"a": kept}
-    branch.shared["b"] = kept
+    run.branches["cond"].memory[0] = {"a": kept}
+    call = make().call()
+    call.shared = run.shared
+    call.branch_shared["b"] = kept
     assert run.held_bytes() == 400
-    branch.shared["c"] = [torch.zeros(50), (torch.zeros(5),)]
+    call.branch_shared["c"] = [torch.zeros(50), (torch.zeros(5),)]
     assert run.held_bytes() == 400 + 200 + 20
 
 
-def _layout() -> Any:
-    from dit_sparse.layout import TokenLayout
-
-    return TokenLayout((1, 2, 2))
+def test_what_is_shared_is_of_one_branch_and_one_number_of_tokens(make: Any) -> None:
+    shared: dict[str, Any] = {}
+    calls = [make(text=text).call() for text in (5, 5, 5, 7)]
+    calls[1].step = replace(calls[1].step, branch="uncond")
+    calls[2] = calls[2].ordered(calls[2].tile_order((4, 4, 4)))
+    for call in calls:
+        call.shared = shared
+    assert calls[0].branch_shared is calls[2].branch_shared
+    assert calls[0].branch_shared is not calls[1].branch_shared
+    assert calls[0].branch_shared is not calls[3].branch_shared
