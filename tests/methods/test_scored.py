@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.layout import TokenLayout
 from dit_sparse.mask import block_count
 from dit_sparse.methods import list_methods
 from dit_sparse.methods.estimates import (
@@ -89,6 +90,20 @@ def test_output_is_softmax_over_kept_pairs_and_text_sees_everything(
     assert not keep[..., ~is_text, :][..., ~is_text].all((-1, -2)).any()
     density = call.head_density.expand(2, 2)
     torch.testing.assert_close(density, keep.double().mean((-1, -2)).float())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_text_on_both_sides_of_the_video(make: Any, name: str) -> None:
+    data = make(grid=(3, 13, 11), text=9, dim=64, sharp=0.5)
+    data.layout = TokenLayout.around((3, 13, 11), 4, 5)
+    method, memory = small(name), {}
+    call = data.call(0, memory)
+    out = method.attend(call)
+    keep = kept_pairs(method, call)
+    assert (out - data.attention(keep)).abs().max() < 1e-10
+    assert keep[..., :4, :].all() and keep[..., -5:, :].all()
+    assert keep[..., :4].all() and keep[..., -5:].all()
+    assert not keep.all()
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
