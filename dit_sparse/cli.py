@@ -35,6 +35,8 @@ METHODS are comma-separated entries:
   adaspa:sparsity=0.8:block=128
                         a method with options; tuples as search=(0.2,0.6)
   path/to/config.json   a saved SparseConfig
+With --at-density their density settings are only a start, and the entry is shown as
+  adaspa@0.298          with the density that its sparse steps achieve
 
 \b
 report.json:
@@ -123,6 +125,13 @@ def compare(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")
     ] = None,
+    at_density: Annotated[
+        float | None,
+        typer.Option(
+            help="Turn every method until its sparse steps compute this share of the blocks, then "
+            "compare. Takes some more generations a method."
+        ),
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print report.json, and nothing else, to stdout.")
     ] = False,
@@ -156,8 +165,11 @@ def compare(
     except ValueError as error:
         raise _fail(error) from error
     messages = Console(stderr=True)
+    pipe = None
     try:
-        result = _run_with_progress(request, messages)
+        if at_density is not None:
+            request, pipe = _turn_to_density(request, at_density, messages)
+        result = _run_with_progress(request, messages, pipe)
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
         raise _fail(error) from error
@@ -191,7 +203,26 @@ def _captions(prompt: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(captions or [DEFAULT_PROMPT])
 
 
-def _run_with_progress(request: Request, console: Console) -> Comparison:
+def _turn_to_density(request: Request, target: float, console: Console) -> tuple[Request, Any]:
+    from dit_sparse.eval.protocol import TOLERANCE, at_density
+
+    with console.status(f"looking for density {target:g}") as status:
+        request, pipe, found = at_density(
+            request, target, on_stage=lambda text: status.update(f"density {target:g}: {text}")
+        )
+    for label, matched in found.items():
+        if abs(matched.density - target) > TOLERANCE:
+            console.print(
+                f"{label}: {matched.density:.3f} is the nearest to density {target:g} that was "
+                f"found in {len(matched.tries)} tries",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
+    return request, pipe
+
+
+def _run_with_progress(request: Request, console: Console, pipe: Any = None) -> Comparison:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -237,7 +268,7 @@ def _run_with_progress(request: Request, console: Console) -> Comparison:
                 tasks[prompt, label] = progress.add_task(name, total=steps)
             progress.update(tasks[prompt, label], completed=done)
 
-        result = run_comparison(request, on_step=on_step, on_stage=on_stage)
+        result = run_comparison(request, pipe=pipe, on_step=on_step, on_stage=on_stage)
         progress.update(status, visible=False)
     return result
 
@@ -281,7 +312,34 @@ def _tables(result: Comparison) -> list[Any]:
                 format_number(run.speedup, 2, "x"),
             )
         tables.append(table)
+    if len(tables) > 1:
+        tables.append(_worst_cases(result))
     return tables
+
+
+def _worst_cases(result: Comparison) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from dit_sparse.eval.html import format_number
+    from dit_sparse.eval.protocol import summarize
+
+    table = Table(title="All prompts", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("method", overflow="fold")
+    for column in ("PSNR\nmean", "PSNR\nworst", "SSIM\nmean", "SSIM\nworst"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("worst prompt", overflow="fold")
+    for row in summarize(result.runs):
+        table.add_row(
+            Text(row.method),
+            format_number(row.psnr),
+            format_number(row.psnr_worst),
+            format_number(row.ssim, 4),
+            format_number(row.ssim_worst, 4),
+            Text(row.worst_prompt),
+        )
+    return table
 
 
 @app.command()

@@ -108,6 +108,59 @@ class Schedule:
         return Phase.SPARSE if has_mask else Phase.SEARCH
 
 
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Dense warm-up, then sparse attention under a mask that is found anew every few steps.
+
+    For masks that cost little to find: no dense step is spent on the search, which comes before the
+    attention of the step that first uses it.
+
+    Attributes:
+        warmup: Dense steps at the start: a count (int) or a share of all steps (float in [0, 1]).
+        every: Steps that a mask serves; None keeps the first one.
+
+    Raises:
+        ValueError: If a value is outside these ranges.
+    """
+
+    warmup: int | float = 0.2
+    every: int | None = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int | float):
+            raise ValueError(f"warmup must be an int or a float, got {self.warmup!r}")
+        if not self.warmup >= 0 or (isinstance(self.warmup, float) and self.warmup > 1):
+            raise ValueError(
+                f"warmup must be an int >= 0 or a share in [0, 1], got {self.warmup!r}"
+            )
+        if self.every is not None and (
+            isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1
+        ):
+            raise ValueError(f"every must be a number of steps, 1 or more, got {self.every!r}")
+
+    def phase(self, step: Step, found: int | None) -> Phase:
+        """What to do at ``step``.
+
+        Args:
+            step: Where the generation stands.
+            found: Index of the step in which this layer and branch last found a mask in this
+                generation, or None.
+        """
+        if self._is_warmup(step):
+            return Phase.DENSE
+        if found is None or (self.every is not None and step.index - found >= self.every):
+            return Phase.REFRESH
+        return Phase.SPARSE
+
+    def _is_warmup(self, step: Step) -> bool:
+        if isinstance(self.warmup, int):
+            return step.index < self.warmup
+        if step.total is None:
+            # Nobody told the number of steps, so the share is read on the noise scale instead.
+            return step.progress < self.warmup
+        return step.index < round(self.warmup * step.total)
+
+
 def phases(schedule: Schedule, total: int) -> Sequence[Phase]:
     """The phases of a whole run of ``total`` steps in which no call is skipped."""
     result: list[Phase] = []

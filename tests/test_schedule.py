@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.schedule import Phase, Schedule, Step, phases
+from dit_sparse.schedule import Cadence, Phase, Schedule, Step, phases
 
 DENSE, SEARCH, REFRESH, SPARSE = Phase.DENSE, Phase.SEARCH, Phase.REFRESH, Phase.SPARSE
 
@@ -111,3 +111,47 @@ def test_unknown_total_with_counts_goes_by_index() -> None:
 def test_impossible_schedules_are_refused(search: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(search)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "every", "total", "expected"),
+    [
+        (2, 3, 10, "DDRSSRSSRS"),
+        (0.2, 1, 10, "DDRRRRRRRR"),
+        (0, None, 4, "RSSS"),
+        (0.5, 2, 5, "DDRSR"),  # round(2.5) is 2
+        (1.0, 1, 3, "DDD"),
+    ],
+)
+def test_cadence(warmup: int | float, every: int | None, total: int, expected: str) -> None:
+    cadence, found, seen = Cadence(warmup, every), None, ""
+    for index in range(total):
+        phase = cadence.phase(Step(index, total, index / total, "cond", 0), found)
+        if phase is Phase.REFRESH:
+            found = index
+        seen += {Phase.DENSE: "D", Phase.REFRESH: "R", Phase.SPARSE: "S"}[phase]
+    assert seen == expected
+
+
+def test_cadence_without_a_number_of_steps_reads_the_noise() -> None:
+    cadence = Cadence(0.3, 1)
+    assert cadence.phase(Step(9, None, 0.29, "cond", 0), None) is Phase.DENSE
+    assert cadence.phase(Step(1, None, 0.31, "cond", 0), None) is Phase.REFRESH
+    # A count needs no total.
+    assert Cadence(2, 1).phase(Step(1, None, 0.9, "cond", 0), None) is Phase.DENSE
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"warmup": -1}, "warmup"),
+        ({"warmup": 1.1}, "warmup"),
+        ({"warmup": float("nan")}, "warmup"),
+        ({"warmup": True}, "warmup"),
+        ({"every": 0}, "every"),
+        ({"every": 1.5}, "every"),
+    ],
+)
+def test_impossible_cadences_are_refused(wrong: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Cadence(**wrong)

@@ -389,22 +389,11 @@ def run_comparison(
     """
     from dit_sparse.eval.html import write_html
 
-    if enable is None:
-        from dit_sparse import enable_sparse_attention
-
-        enable = enable_sparse_attention
     stage = on_stage or (lambda text: None)
-    request = request.resolved()
-    if pipe is None:
-        stage(f"loading {request.model}")
-        pipe = load_pipeline(request.model, request.device, request.dtype)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
-    request = _with_pipeline_defaults(request, pipe)
+    engine = prepare(request, pipe=pipe, enable=enable, on_step=on_step, on_stage=on_stage)
+    request = engine.request
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = Comparison(request, machine_info(request.device), created)
-    assert request.steps is not None and request.fps is not None
-    engine = _Engine(request, pipe, enable, on_step, steps=request.steps, fps=request.fps)
     for arm in request.arms:
         stage(f"warming up {arm.label}")
         engine.warm_up(arm)
@@ -426,8 +415,35 @@ def run_comparison(
     return result
 
 
+def prepare(
+    request: Request,
+    *,
+    pipe: Any = None,
+    enable: Callable[[Any, Any], Any] | None = None,
+    on_step: StepHook | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> Engine:
+    """Loads what `request` needs; arguments as in `run_comparison`."""
+    if enable is None:
+        from dit_sparse import enable_sparse_attention
+
+        enable = enable_sparse_attention
+    request = request.resolved()
+    if pipe is None:
+        if on_stage is not None:
+            on_stage(f"loading {request.model}")
+        pipe = load_pipeline(request.model, request.device, request.dtype)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    request = _with_pipeline_defaults(request, pipe)
+    assert request.steps is not None and request.fps is not None
+    return Engine(request, pipe, enable, on_step, steps=request.steps, fps=request.fps)
+
+
 @dataclass
-class _Engine:
+class Engine:
+    """Generates the clips of a request with one loaded pipeline."""
+
     request: Request
     pipe: Any
     enable: Callable[[Any, Any], Any]
@@ -445,6 +461,15 @@ class _Engine:
                 min(steps, self.steps),
                 output_type="np" if arm.is_dense else "latent",
             )
+        finally:
+            handle.remove()
+
+    def report(self, arm: Arm) -> Any:
+        """What ``arm`` does on the first prompt (a `Report`), without decoding the clip."""
+        handle = self.enable(self.pipe, arm.config)
+        try:
+            self._call(self.request.prompts[0], self.steps, output_type="latent")
+            return handle.report()
         finally:
             handle.remove()
 

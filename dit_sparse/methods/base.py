@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +103,15 @@ class Call:
     head_density: Tensor | None = None
     kernel: str = "own"
     search_watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def branch_shared(self) -> dict[str, Any]:
+        """What this method kept for this (generation, branch), one for its layers.
+
+        What one layer found and later ones use. Layers that see other tokens have one of their own.
+        """
+        batch, tokens = self.q.shape[:2]
+        return self.shared.setdefault(f"{self.step.branch}: {batch} x {tokens} tokens", {})
 
     def dense(self) -> Tensor:
         """The output that the model would have computed without us, bit for bit."""
@@ -296,3 +305,25 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def exact(cls) -> Method:
         """Settings at which the method must equal dense attention."""
+
+    def at_budget(self, share: float) -> Method:
+        """These settings with the one that sets the density turned so that about ``share`` is kept.
+
+        What is kept exactly depends on blocks, text and, for adaptive methods, on the input; it
+        never falls as ``share`` rises. See :mod:`dit_sparse.eval.protocol`.
+
+        Args:
+            share: In (0, 1]; 1 keeps everything.
+
+        Raises:
+            ValueError: If this method has no such setting.
+        """
+        settings = {f.name for f in fields(self)}
+        if "density" in settings:
+            return replace(self, density=share)  # type: ignore[call-arg]
+        if "sparsity" in settings:
+            return replace(self, sparsity=1 - share)  # type: ignore[call-arg]
+        raise ValueError(
+            f"method {self.name!r} has no setting for its density, so it cannot be compared at a "
+            "given one; leave it out"
+        )

@@ -259,7 +259,7 @@ class Run:
 
     def held_bytes(self) -> int:
         """Bytes of masks and statistics that are kept now."""
-        return stored_bytes([branch.memory for branch in self.branches.values()])
+        return stored_bytes([self.shared, *(branch.memory for branch in self.branches.values())])
 
 
 def stored_bytes(value: Any) -> int:

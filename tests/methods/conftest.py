@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_sparse.layout import TokenLayout
+from dit_sparse.layout import Ordering, TokenLayout
 from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call
 from dit_sparse.schedule import Step
@@ -107,3 +108,43 @@ def make() -> Make:
         return Operands(sharp * q, k, v, layout)
 
     return build
+
+
+Plant = Callable[..., Operands]
+
+
+@pytest.fixture
+def plant(make: Make) -> Plant:
+    """Operands whose attention is in the wanted blocks of 64 tokens and hardly anywhere else."""
+
+    def build(wanted: Tensor, order: Ordering | None = None, grid: tuple = (4, 8, 16)) -> Operands:
+        batch, heads, blocks, _ = wanted.shape
+        data = make(grid=grid, heads=heads, dim=max(16, blocks), batch=batch)
+        axes = torch.eye(data.q.shape[-1]).double()
+        place = torch.arange(data.layout.video) // 64
+        # Keys of a block share an axis; queries of a block point along the axes they want.
+        k = axes[place][None, :, None].expand(batch, -1, heads, -1)
+        q = 40 * (wanted.double() @ axes[:blocks])[:, :, place].transpose(1, 2)
+        data.q, data.k = (x if order is None else order.undo(x) for x in (q, k))
+        return data
+
+    return build
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the most elements that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.fixture
+def largest_output() -> LargestOutput:
+    """A context whose ``numel`` tells the most elements of a tensor made inside it."""
+    return LargestOutput()

@@ -24,10 +24,11 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_exact_settings_equal_dense_attention(name: str, shape: dict, make: Any) -> None:
-    method, memory = METHODS[name].exact(), {}
+    method, memory, shared = METHODS[name].exact(), {}, {}
     for index in range(4):
         data = make(**shape, seed=index)
         call = data.call(index, memory, total=4)
+        call.shared = shared
         out = method.attend(call)
         assert (out - data.attention()).abs().max() < 1e-10
         assert out.shape == data.q.shape
@@ -36,13 +37,15 @@ def test_exact_settings_equal_dense_attention(name: str, shape: dict, make: Any)
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_exact_settings_equal_dense_attention_beside_padding(name: str, make: Any) -> None:
-    method, memory = METHODS[name].exact(), {}
+    method, memory, shared = METHODS[name].exact(), {}, {}
     for index in range(3):
         data = make(text=9, batch=2, seed=index)
         data.key_valid = torch.ones(2, data.layout.tokens, dtype=torch.bool)
         data.key_valid[1, -6:] = False
         data.k[1, -6:] = data.v[1, -6:] = float("nan")
-        out = method.attend(data.call(index, memory, total=3))
+        call = data.call(index, memory, total=3)
+        call.shared = shared
+        out = method.attend(call)
         assert (out - data.attention()).abs().max() < 1e-10
 
 
@@ -68,7 +71,8 @@ def test_every_concrete_method_class_has_a_name_of_its_own() -> None:
         own = [] if kind.__abstractmethods__ else [kind]
         return own + [leaf for child in kind.__subclasses__() for leaf in concrete(child)]
 
-    kinds = [k for k in concrete(Method) if k.__module__.startswith("dit_sparse.")]
+    # A set: a class with two bases is found below both.
+    kinds = {k for k in concrete(Method) if k.__module__.startswith("dit_sparse.")}
     assert sorted(k.name for k in kinds) == sorted(METHODS)
     assert {"adaspa", "dense", "full"} <= set(METHODS)
 
