@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dit_sparse.bands import video_blocks
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
-from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.mask import BlockMask, PackedMask
 from dit_sparse.schedule import Phase, Step
 
 
@@ -234,14 +235,6 @@ class Call:
         counts = torch.empty(shape[:3], dtype=torch.int32, device="meta")
         listed = BlockMask(counts, indices, mask.block, mask.seq)
         return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0)
-
-
-def video_blocks(layout: TokenLayout, block: int) -> int:
-    """Blocks made of video alone, of tokens ordered video first.
-
-    The block in which video ends and text begins counts as text.
-    """
-    return layout.video // block if layout.text else block_count(layout.video, block)
 
 
 @dataclass(frozen=True)
