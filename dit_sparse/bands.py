@@ -167,8 +167,7 @@ class BandMask:
 
     def head_density(self, device: torch.device | str = "cpu") -> Tensor:
         """Kept pairs over all pairs of real tokens, fp32 ``[1, heads]``."""
-        values = [_density(pattern, self.block, self.layout) for pattern in self.heads]
-        return torch.tensor([values], device=device)
+        return _densities(self, torch.device(device))
 
     def tokens(self, head: int) -> Tensor:
         """The kept pairs in the model's token order, bool ``[tokens, tokens]``; for tests only."""
@@ -199,6 +198,12 @@ def _keep(heads: tuple[HeadPattern, ...], block: int, layout: TokenLayout) -> Te
 @lru_cache(maxsize=64)
 def _block_mask(heads: tuple[HeadPattern, ...], block: int, layout: TokenLayout) -> BlockMask:
     return BlockMask.from_dense(_keep(heads, block, layout), block, layout.tokens)
+
+
+@lru_cache(maxsize=4096)
+def _densities(bands: BandMask, device: torch.device) -> Tensor:
+    values = [_density(pattern, bands.block, bands.layout) for pattern in bands.heads]
+    return torch.tensor([values], device=device)
 
 
 @lru_cache(maxsize=1024)

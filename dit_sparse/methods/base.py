@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.bands import video_blocks
+from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
@@ -58,6 +58,22 @@ class Stopwatch:
         return total
 
 
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model a call belongs to.
+
+    Attributes:
+        kind: Class name of the transformer.
+        config: Its configuration as (key, JSON of the value), sorted.
+        component: Its name in the pipeline, which tells the experts of Wan 2.2 apart; empty where
+            the pipeline is not known.
+    """
+
+    kind: str
+    config: tuple[tuple[str, str], ...] = ()
+    component: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One self-attention call, with everything a method may use.
@@ -81,6 +97,7 @@ class Call:
         dense_layers: Layers that never reach the method: the configuration keeps them dense.
         shared: What this method kept for this generation, over all branches and layers.
         notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
+        model: Which model this is, or None where nothing tells.
     """
 
     q: Tensor
@@ -98,6 +115,7 @@ class Call:
     dense_layers: tuple[int, ...] = ()
     shared: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    model: ModelIdentity | None = None
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
@@ -170,6 +188,18 @@ class Call:
             impl=self.impl,
         )
 
+    def banded_attention(self, bands: BandMask) -> Attended:
+        """:func:`dit_sparse.kernels.ops.banded_attention` on this call's tensors."""
+        return ops.banded_attention(
+            self.q,
+            self.k,
+            self.v,
+            bands,
+            key_valid=self.key_valid,
+            scale=self.scale,
+            impl=self.impl,
+        )
+
     def summarize(self, block: int, first_order: bool = False) -> BlockSummary:
         """:func:`dit_sparse.kernels.ops.summarize` of the blocks made of video alone.
 
@@ -221,10 +251,14 @@ class Call:
             impl=self.impl,
         )
 
-    def record(self, phase: Phase, mask: PackedMask | None = None) -> None:
+    def record(self, phase: Phase, mask: PackedMask | BandMask | None = None) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device."""
         self.phase = phase
-        if mask is not None:
+        if isinstance(mask, BandMask):
+            self.head_density = mask.head_density(self.q.device)
+            banded = ops.BandedCall(self.q, self.k, self.v, mask, self.key_valid, 1.0)
+            self.kernel = ops.select("banded_attention", banded, self.impl).name
+        elif mask is not None:
             self.head_density = mask.head_density
             self.kernel = ops.select("attention", self._kernel_query(mask), self.impl).name
 
