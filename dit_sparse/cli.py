@@ -1,4 +1,4 @@
-"""The command line: `dit-sparse compare`, `dit-sparse methods` and `dit-sparse families`.
+"""The command line: `dit-sparse compare`, `search`, `methods` and `families`.
 
 torch and diffusers take seconds to import, so every command imports them itself and `--help` does
 not.
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from dit_sparse import cli_search
 
 if TYPE_CHECKING:
     from dit_sparse.eval.compare import Comparison, Request
@@ -333,6 +335,8 @@ def families(
     console.print(supported)
     console.print(refused)
 
+
+cli_search.register(app)
 
 if __name__ == "__main__":
     app()
