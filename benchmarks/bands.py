@@ -1,6 +1,6 @@
 """Banded attention against the same patterns as lists of blocks: correctness, then speed.
 
-``python -m benchmarks.bands --output benchmarks/results/bands-h100.json [--quick]``
+``python -m benchmarks.bands --output benchmarks/results/bands-h100.json [--quick] [--tune]``
 
 Every pattern of Sparse-vDiT is computed three ways where they differ: by the banded kernel, by the
 list kernel on tokens in the order of the blocks (``lists``), and, for position-major patterns, by
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from benchmarks.check_kernels import Case, Finding, _worst, build, poisoned_memory
 from dit_sparse.bands import FULL, SKIP, BandMask, HeadPattern, half_width
 from dit_sparse.kernels import ops
-from dit_sparse.kernels.triton_attention import choose_path
+from dit_sparse.kernels.triton_attention import Config, choose_path
 from dit_sparse.kernels.triton_band import launch
 from dit_sparse.layout import TokenLayout
 
@@ -198,6 +199,37 @@ def check(case: BandCase, dtype: torch.dtype, device: str, path: str) -> list[Fi
     ]
 
 
+def check_far(device: str) -> list[Finding]:
+    """The last blocks of sequences beyond 2**31 elements, in both token orders; about 25 GiB."""
+    layout, heads, dim, block = TokenLayout((110, 50, 80)), 40, 128, 128
+    kinds = (HeadPattern(0), HeadPattern(0, order="position_major"))
+    bands = BandMask(kinds * (heads // 2), block, layout)
+    rng = torch.Generator(device).manual_seed(0)
+    options = {"dtype": torch.bfloat16, "device": device}
+    q, k, v = (torch.zeros(1, layout.tokens, heads, dim, **options) for _ in range(3))
+    # The last block in the order of its head, ragged or whole, attends to itself alone.
+    size = layout.tokens % block or block
+    places = []
+    for kind in range(2):
+        order = bands.ordering(kinds[kind].order, torch.device(device))
+        last = torch.arange(layout.tokens - size, layout.tokens, device=device)
+        places.append(last if order is None else order.perm[last])
+        for tensor in (q, k, v):
+            drawn = torch.randn(1, size, heads // 2, dim, generator=rng, **options)
+            tensor[:, places[kind], kind::2] = drawn
+    found = ops.banded_attention(q, k, v, bands, impl="triton")
+    findings = []
+    for kind in range(2):
+        small = [t[:, places[kind], kind::2].transpose(1, 2) for t in (q, k, v)]
+        truth = F.scaled_dot_product_attention(*(t.double() for t in small))
+        theirs = F.scaled_dot_product_attention(*small)
+        rounding = torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
+        mine = found.out[:, places[kind], kind::2].transpose(1, 2)
+        budget = 2 * (_worst(theirs, truth) + rounding)
+        findings.append(Finding(kinds[kind].order, _worst(mine, truth), budget))
+    return findings
+
+
 def tma_refused(case: BandCase, dtype: torch.dtype, device: str) -> bool:
     """Whether ``case`` cannot take the TMA path."""
     x = build_bands(case, dtype, device)
@@ -317,11 +349,19 @@ def correct(cases: tuple[BandCase, ...], device: str, dtype: torch.dtype) -> boo
             if path == "tma" and tma_refused(case, dtype, device):
                 continue
             findings = check(case, dtype, device, path)
-            passed = all(f.passed for f in findings)
-            good &= passed
-            details = "  ".join(f"{f.quantity} {f.error:.1e} <= {f.budget:.1e}" for f in findings)
-            print(f"{'ok  ' if passed else 'FAIL'} {path:8s} {case.name:28s} {details}", flush=True)
+            good &= all(f.passed for f in findings)
+            _report(path, case.name, findings)
+    if device != "cpu":
+        findings = check_far(device)
+        good &= all(f.passed for f in findings)
+        _report("triton", "past 2**31 elements", findings)
     return good
+
+
+def _report(path: str, name: str, findings: list[Finding]) -> None:
+    passed = all(f.passed for f in findings)
+    details = "  ".join(f"{f.quantity} {f.error:.1e} <= {f.budget:.1e}" for f in findings)
+    print(f"{'ok  ' if passed else 'FAIL'} {path:8s} {name:28s} {details}", flush=True)
 
 
 def measure(
@@ -411,6 +451,33 @@ def compare(shape: Shape, device: str, dtype: torch.dtype, budget_s: float) -> l
     return rows
 
 
+def tune(shape: Shape, device: str, dtype: torch.dtype, budget_s: float) -> None:
+    """Prints times of launch parameters around the defaults, for a mix of patterns."""
+    sets = inputs(shape, device, dtype)
+    q, k, v = sets[0]
+    path = choose_path(ops.AttentionCall(q, k, v, None, None, 1.0))
+    bands = patterns(shape, shape.densities[0])["mixed"]
+    for how in ("pointer", "tma") if path == "tma" else ("pointer",):
+        for tile_q, tile_k, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+            config = Config(tile_q, tile_k, warps, stages)
+            try:
+                ms, spread, _ = measure(
+                    lambda q, k, v, how=how, config=config: launch(
+                        ops.BandedCall(q, k, v, bands, None, q.shape[-1] ** -0.5), how, config
+                    ),
+                    sets,
+                    device,
+                    budget_s,
+                )
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{shape.model} {how} {tuple(config)}: {error}", flush=True)
+                continue
+            print(
+                f"{shape.model} {how} {tuple(config)}: {ms:.3f} ms ±{100 * spread:.1f} %",
+                flush=True,
+            )
+
+
 def machine() -> dict[str, str]:
     """GPU, driver and versions; the processor where there is no GPU."""
     if torch.cuda.is_available():
@@ -429,6 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--toy", action="store_true", help="a toy size, without a GPU")
+    parser.add_argument("--tune", action="store_true", help="also print launch parameters")
     parser.add_argument("--budget", type=float, default=0.25, help="seconds per measurement")
     options = parser.parse_args(arguments)
     if not (options.toy or torch.cuda.is_available()):
@@ -447,6 +515,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             content = {"machine": machine(), "dtype": str(dtype), "rows": [asdict(r) for r in rows]}
             options.output.write_text(json.dumps(content, indent=1) + "\n")
+        if options.tune:
+            tune(shape, device, dtype, options.budget)
     return 0
 
 

@@ -105,9 +105,11 @@ def half_width(density: float, blocks: int) -> int:
     return min(max(round(band_width(density, blocks) - 0.5), 0), max(blocks - 1, 0))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BandMask:
     """One :class:`HeadPattern` for every head of a layer.
+
+    What kernels prepare for a mask is kept with the object: use one for equal layers and steps.
 
     Blocks with text, the one in which video ends and text begins included, are kept as rows and as
     columns of every head that is not skipped.

@@ -6,9 +6,9 @@ not.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,9 +55,9 @@ The plan (JSON):
     progress          how far the noise has fallen, 0 to 1
     component         transformer that runs there
     layers[]          one character a head: index of its mode, 0-9 then a-z
-  provenance          model, captions, seed, sizes, scheduler, machine,
-                      versions, command; search{strategy, cost, costs, lambda,
-                      epsilon, target_cost, mean_cost, mean_loss, warmup}
+  provenance          model, weights, captions, seed, sizes, scheduler, machine
+                      and versions, command; search{strategy, cost, costs,
+                      lambda, epsilon, target_cost, mean_cost, mean_loss, warmup}
 """
 
 
@@ -209,6 +209,7 @@ def _run(pipe: Any, request: Any, settings: SearchSettings, state_path: Path) ->
     from dit_sparse.eval.compare import ARGUMENTS, machine_info
     from dit_sparse.pipelines.search import search
     from dit_sparse.pipelines.search_state import SearchState
+    from dit_sparse.processors.family import find_family
 
     arguments = {
         argument: getattr(request, name)
@@ -254,11 +255,15 @@ def _run(pipe: Any, request: Any, settings: SearchSettings, state_path: Path) ->
             "class": type(scheduler).__name__,
             **{k: v for k, v in scheduler.config.items() if _is_plain(k, v)},
         },
+        "weights": {
+            name: _weights_digest(component)
+            for name, component in pipe.components.items()
+            if isinstance(component, torch.nn.Module) and find_family(component) is not None
+        },
         "machine": machine_info(request.device),
         "command": shlex.join(["dit-sparse", *sys.argv[1:]]),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    began = time.perf_counter()
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -275,8 +280,17 @@ def _run(pipe: Any, request: Any, settings: SearchSettings, state_path: Path) ->
             progress.update(tasks[phase, number], completed=done)
 
         found = search(pipe, generate, request.prompts, settings, state, provenance, on_progress)
-    found.plan.provenance["seconds"] = round(time.perf_counter() - began, 1)
     return found
+
+
+def _weights_digest(model: Any) -> str:
+    """A digest of a few values of every parameter: tells a model that was trained on."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _is_plain(key: str, value: Any) -> bool:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit_sparse.bands import BandMask, HeadPattern, video_blocks
+from dit_sparse.bands import BandMask, video_blocks
+from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call, Method, ModelIdentity
-from dit_sparse.methods.plan import DENSE, MODE_NAMES, Mode, Plan, PlanStep, load_plan
+from dit_sparse.methods.plan import DENSE, MODE_NAMES, Mode, Plan, load_plan
 from dit_sparse.schedule import Phase, Step
 
 AUTO = "auto"
@@ -122,31 +123,27 @@ class SparseVDiT(Method):
         return cls(mode="diagonal", density=1.0)
 
     def attend(self, call: Call) -> Tensor:
-        heads, block = self._patterns(call)
-        if heads is None:
+        bands = self._bands(call)
+        if bands is None:
             call.record(Phase.DENSE)
             return call.dense()
-        bands = BandMask(heads, block, call.layout)
         call.record(Phase.SPARSE, bands)
         return call.banded_attention(bands).out
 
-    def _patterns(self, call: Call) -> tuple[tuple[HeadPattern, ...] | None, int]:
-        """Pattern of every head, None where all are dense, and the size of a block."""
+    def _bands(self, call: Call) -> BandMask | None:
+        """Pattern of every head, None where all are dense."""
         if is_warmup(self.warmup, call.step):
-            return None, 0
+            return None
         heads = call.q.shape[2]
         if self.mode is not None:
-            mode, block = self._uniform(), self.block or UNIFORM_BLOCK
-            if mode == DENSE:
-                return None, block
-            return (mode.pattern(video_blocks(call.layout, block)),) * heads, block
+            block = self.block or UNIFORM_BLOCK
+            return _band_mask((self._uniform(),), (0,) * heads, block, call.layout)
         grid = None if self.any_grid else call.layout.grid
         dim = call.q.shape[3]
         plan = fitting_plan(self._chosen, call.model, call.layers, heads, dim, grid)
         component = call.model.component if call.model else ""
         step = plan.step_at(call.step.progress, component)
-        blocks = video_blocks(call.layout, plan.block)
-        return layer_patterns(plan, step, call.layer, blocks), plan.block
+        return _band_mask(plan.modes, step.table[call.layer], plan.block, call.layout)
 
 
 def is_warmup(warmup: int | float, step: Step) -> bool:
@@ -164,14 +161,15 @@ def is_warmup(warmup: int | float, step: Step) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def layer_patterns(
-    plan: Plan, step: PlanStep, layer: int, blocks: int
-) -> tuple[HeadPattern, ...] | None:
-    """The patterns of a layer's heads among ``blocks`` video blocks; None if all are dense."""
-    modes = [plan.modes[mode] for mode in step.table[layer]]
-    if all(mode == DENSE for mode in modes):
+def _band_mask(
+    modes: tuple[Mode, ...], row: tuple[int, ...], block: int, layout: TokenLayout
+) -> BandMask | None:
+    """The patterns of heads with the modes ``row``; None if all are dense."""
+    chosen = [modes[mode] for mode in row]
+    if all(mode == DENSE for mode in chosen):
         return None
-    return tuple(mode.pattern(blocks) for mode in modes)
+    blocks = video_blocks(layout, block)
+    return BandMask(tuple(mode.pattern(blocks) for mode in chosen), block, layout)
 
 
 def shipped_plans() -> dict[str, Path]:

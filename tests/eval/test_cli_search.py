@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import enable_sparse_attention
 from dit_sparse.cli import app
+from dit_sparse.cli_search import _weights_digest
 from dit_sparse.eval import compare
 from dit_sparse.methods.plan import load_plan
 from dit_sparse.pipelines import search as search_module
@@ -50,7 +51,10 @@ def test_a_plan_is_written_and_followed(tiny_model: Any, tmp_path: Path) -> None
         == (told["scheduler"])
     )
     assert {"cpu", "torch", "diffusers", "dit_sparse"} <= set(told["machine"])
-    assert "search" in told["command"] and told["seconds"] > 0
+    assert "search" in told["command"]
+    assert told["weights"] == {"transformer": _weights_digest(tiny_model.transformer)}
+    noise = tiny_model.scheduler.sigmas[:2]
+    assert [s.progress for s in plan.steps] == [round(1 - float(n), 6) for n in noise]
 
     for steps in (2, 5):
         with enable_sparse_attention(tiny_model, "sparse_vdit", plan=str(path)) as sparse:

@@ -44,6 +44,12 @@ def test_triton_tma(case: bench.BandCase, device: str) -> None:
     assert_passed(bench.check(case, HALF, device, "tma"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_offsets_beyond_32_bits(device: str) -> None:
+    assert_passed(bench.check_far(device))
+
+
 @pytest.mark.parametrize("name", ["padding", "less-than-a-block"])
 def test_triton_fp32(name: str, device: str) -> None:
     assert_passed(bench.check(SMALL[name], torch.float32, device, "triton"))

@@ -278,6 +278,20 @@ def test_measured_costs_decide_between_equal_losses(
         assert found.costs == costs
 
 
+def test_each_expert_gets_the_steps_that_it_runs(toy: Toy) -> None:
+    def generate(caption: str, after_step: Callable[[], None]) -> None:
+        for index in range(STEPS):
+            expert = "transformer" if index < 1 else "transformer_2"
+            toy.identity = dataclasses.replace(toy.identity, component=expert)
+            toy.forward(toy.noise, index, "cond")
+            after_step()
+
+    toy.generate = generate  # type: ignore[method-assign]
+    plan = run(toy, settings(), ("a",)).plan
+    assert [s.component for s in plan.steps] == ["transformer", "transformer_2", "transformer_2"]
+    assert plan.step_at(0.1, "transformer_2") is plan.steps[1]
+
+
 def test_provenance_tells_how_the_plan_came_about(toy: Toy) -> None:
     found = run(toy, settings())
     assert found.plan.provenance["seed"] == 7
