@@ -167,7 +167,7 @@ def test_help_describes_the_plan() -> None:
 
 
 def test_searching_needs_a_supported_transformer() -> None:
-    with pytest.raises(ValueError, match="takes a diffusers pipeline"):
+    with pytest.raises(ValueError, match="expected a diffusers pipeline or transformer"):
         search_module.search(
             object(),
             lambda *_: None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_sparse import SparseConfig
 from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.methods.base import Call, ModelIdentity
-from dit_sparse.methods.plan import DENSE, Mode, Plan, PlanStep
+from dit_sparse.methods.plan import DENSE, Mode, Plan, PlanStep, load_plan
 from dit_sparse.methods.sparse_vdit import SparseVDiT, fitting_plan, is_warmup, shipped_plans
 from dit_sparse.schedule import Phase, Step
 
@@ -238,9 +238,8 @@ def test_configs_with_a_plan_survive_a_round_trip(follow: Any) -> None:
 
 
 def test_auto_takes_a_shipped_plan_that_fits_and_no_other() -> None:
+    assert shipped_plans()
     for path in shipped_plans().values():
-        from dit_sparse.methods.plan import load_plan
-
         plan = load_plan(path)
         fits = (plan.model, plan.layers, plan.heads, plan.dim, plan.grid)
         assert fitting_plan(None, *fits) is plan
