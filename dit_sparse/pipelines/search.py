@@ -145,9 +145,17 @@ def search(
         on_progress: Called after every denoising step.
 
     Raises:
-        ValueError: If the target cannot be reached, or the pipeline cannot be searched.
+        ValueError: If the target cannot be reached, the pipeline cannot be searched, or the state
+            holds another kind of costs.
     """
     calibrator = Calibrator(settings.modes, settings.block, settings.cost, settings.warmup, state)
+    known = state.facts.get("costs", {})
+    if known and settings.cost not in known:
+        # Nothing would measure them where a generation is not repeated.
+        raise ValueError(
+            f"the state holds {', '.join(known)} costs, not {settings.cost}; give the same cost or "
+            "another state"
+        )
     with enable_sparse_attention(pipe, "dense") as processor:
         for binding in processor.bindings:
             binding.attend = calibrator.attend

@@ -217,6 +217,13 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(
     assert run(toy, other, state=SearchState(path, {"seed": 0})).mean_cost <= 0.1
 
 
+def test_a_state_with_other_costs_is_refused(toy: Toy) -> None:
+    state = SearchState(None, {})
+    run(toy, settings(), state=state)
+    with pytest.raises(ValueError, match="holds nominal costs, not measured"):
+        run(toy, settings(cost="measured"), state=state)
+
+
 def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "search.state"
     state = SearchState(path, {"seed": 0, "steps": 4})
