@@ -8,7 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dit_sparse.bands import FULL, SKIP, BandMask, HeadPattern, band_width, half_width
+from dit_sparse.bands import (
+    FULL,
+    SKIP,
+    BandMask,
+    HeadPattern,
+    TokenOrder,
+    band_width,
+    half_width,
+)
 from dit_sparse.layout import TokenLayout
 
 
@@ -82,10 +90,28 @@ def test_a_position_major_band_is_evenly_spaced_diagonals_of_the_frame_major_mat
         assert bands.tokens(0).equal(distance % area == 0)
 
 
-@pytest.mark.parametrize("order", ["video_text", "text_video"])
-@pytest.mark.parametrize("text", [0, 1, 6, 37])
-def test_text_is_kept_whole_by_every_head_that_is_not_skipped(text: int, order: str) -> None:
-    layout = TokenLayout((3, 4, 5), text, order)  # type: ignore[arg-type]
+TEXTS = [(0, 0), (0, 1), (6, 0), (37, 0), (0, 37), (5, 9)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["frame_major", "position_major"])
+def test_reordering_and_back_is_the_identity(text: tuple[int, int], name: TokenOrder) -> None:
+    layout = TokenLayout.around((3, 4, 5), *text)
+    order = BandMask((FULL,), 8, layout).ordering(name, torch.device("cpu"))
+    x = torch.randn(2, layout.tokens, 3)
+    if order is None:
+        assert name == "frame_major" and text[0] == 0
+        return
+    assert order.undo(order.apply(x)).equal(x)
+    coords = order.apply(layout.coords(), 0)
+    assert (coords[60:] == -1).all()
+    key = coords[:60] @ torch.tensor([20, 5, 1] if name == "frame_major" else [1, 15, 3])
+    assert key.equal(torch.arange(60))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_kept_whole_by_every_head_that_is_not_skipped(text: tuple[int, int]) -> None:
+    layout = TokenLayout.around((3, 4, 5), *text)
     heads = (HeadPattern(0), HeadPattern(columns=1), HeadPattern(0, order="position_major"), SKIP)
     bands = BandMask(heads, 8, layout)
     is_text = layout.coords()[:, 0] < 0
