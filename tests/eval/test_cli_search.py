@@ -175,3 +175,11 @@ def test_searching_needs_a_supported_transformer() -> None:
             search_module.SearchSettings(price=0.1),
             search_module.SearchState(None, {}),
         )
+
+
+def test_a_named_kernel_is_checked_and_used(tiny_model: Any) -> None:
+    with enable_sparse_attention(tiny_model, "sparse_vdit", mode="skip", impl="cpu") as sparse:
+        tiny_model("a star", num_frames=8, height=64, width=64, num_inference_steps=1)
+        assert set(sparse.report().kernels) == {"cpu"}
+    with pytest.raises(ValueError, match="impl must be"):
+        enable_sparse_attention(tiny_model, "sparse_vdit", mode="skip", impl="gpu")

@@ -71,7 +71,7 @@ class Toy:
             call = Call(
                 q, k, v, LAYOUT, Step(index, STEPS, index / STEPS, branch, 0), layer, LAYERS,
                 None, {}, 1.0, "auto", lambda _, q=q, k=k, v=v: (_softmax(q, k, v), None),
-                self.identity,
+                model=self.identity,
             )  # fmt: skip
             x = x + 0.5 * self.attend(call)
         return x
