@@ -93,9 +93,11 @@ def parse_arms(text: str) -> list[Arm]:
 def parse_arm(entry: str) -> Arm:
     """One arm, see `parse_arms`."""
     from dit_sparse import SparseConfig
+    from dit_sparse.methods import list_methods
 
     entry = entry.strip()
-    if entry.endswith(".json"):
+    # An option of a method may be the path of a file, too.
+    if entry.endswith(".json") and entry.partition(":")[0] not in list_methods():
         path = Path(entry)
         if not path.is_file():
             raise ValueError(
@@ -118,7 +120,7 @@ def parse_arm(entry: str) -> Arm:
     _check_names(entry, name, options)
     try:
         return Arm(entry, SparseConfig.from_name(name, **options))
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise ValueError(f"{entry}: {error}") from error
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.bands import BandMask
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
 from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
 from dit_sparse.neighborhood_mask import NeighborhoodMask
@@ -59,6 +60,18 @@ class AttentionCall:
     key_valid: Tensor | None
     scale: float
     summary: BlockSummary | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BandedCall:
+    """A validated call of :func:`banded_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bands: BandMask
+    key_valid: Tensor | None
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,8 +162,8 @@ class Impl(abc.ABC):
     """One way to compute one operation. A file in this package that defines one is found.
 
     Attributes:
-        op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"`` or
-            ``"neighborhood"``.
+        op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"``,
+            ``"neighborhood"`` or ``"banded_attention"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
         rank: Preference of ``impl="auto"``; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
@@ -222,7 +235,9 @@ def check_impl(impl: str) -> None:
     raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
 
 
-AnyCall = AttentionCall | BlockMassCall | SummarizeCall | TopBlocksCall | NeighborhoodCall
+AnyCall = (
+    AttentionCall | BandedCall | BlockMassCall | NeighborhoodCall | SummarizeCall | TopBlocksCall
+)
 
 
 def _operand(call: AnyCall) -> tuple[str, Tensor]:
@@ -357,6 +372,47 @@ def neighborhood_attention(
         return kept
     out, lse = add_skipped(kept.out, kept.lse, q, mask.visited, summary, call.scale)
     return Attended(out, lse, kept.lse)
+
+
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bands: BandMask,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Attended:
+    """:func:`attention` under patterns that are bands and columns of blocks, without block lists.
+
+    Every head has its own pattern, in one of two orders of the video tokens; all tensors stay in
+    the model's order. Keys and values of a skipped head are not read.
+
+    Args:
+        q: Queries ``[batch, tokens, heads, dim]``, any strides with a contiguous last dimension.
+        k: Keys, same shape.
+        v: Values, same shape.
+        bands: Pattern of each head, and what the tokens are.
+        key_valid: As in :func:`attention`.
+        scale: As in :func:`attention`.
+        impl: As in :func:`attention`.
+
+    Returns:
+        ``Attended(out, lse)``; a query that has no key gives out 0 and lse ``-inf``.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    _check_operands(q, k, v, key_valid)
+    expected = (bands.layout.tokens, bands.layout.tokens, len(bands.heads))
+    if (q.shape[1], k.shape[1], q.shape[2]) != expected:
+        raise ValueError(
+            f"the bands were made for {expected[0]} tokens and {expected[2]} heads, got "
+            f"{q.shape[1]} queries, {k.shape[1]} keys and {q.shape[2]} heads"
+        )
+    call = BandedCall(q, k, v, bands, key_valid, _scale(q, scale))
+    return select("banded_attention", call, impl)(call)
 
 
 def summarize(

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
-from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.mask import BlockMask, PackedMask
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 from dit_sparse.schedule import Phase, Step
 
@@ -58,6 +59,22 @@ class Stopwatch:
         return total
 
 
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model a call belongs to.
+
+    Attributes:
+        kind: Class name of the transformer.
+        config: Its configuration as (key, JSON of the value), sorted.
+        component: Its name in the pipeline, which tells the experts of Wan 2.2 apart; empty where
+            the pipeline is not known.
+    """
+
+    kind: str
+    config: tuple[tuple[str, str], ...] = ()
+    component: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One self-attention call, with everything a method may use.
@@ -81,6 +98,7 @@ class Call:
         dense_layers: Layers that never reach the method: the configuration keeps them dense.
         shared: What this method kept for this generation, over all branches and layers.
         notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
+        model: Which model this is, or None where nothing tells.
     """
 
     q: Tensor
@@ -98,6 +116,7 @@ class Call:
     dense_layers: tuple[int, ...] = ()
     shared: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    model: ModelIdentity | None = None
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
@@ -194,6 +213,18 @@ class Call:
             impl=self.impl,
         )
 
+    def banded_attention(self, bands: BandMask) -> Attended:
+        """:func:`dit_sparse.kernels.ops.banded_attention` on this call's tensors."""
+        return ops.banded_attention(
+            self.q,
+            self.k,
+            self.v,
+            bands,
+            key_valid=self.key_valid,
+            scale=self.scale,
+            impl=self.impl,
+        )
+
     def summarize(self, block: int, first_order: bool = False) -> BlockSummary:
         """:func:`dit_sparse.kernels.ops.summarize` of the blocks made of video alone.
 
@@ -245,10 +276,17 @@ class Call:
             impl=self.impl,
         )
 
-    def record(self, phase: Phase, mask: PackedMask | NeighborhoodMask | None = None) -> None:
+    def record(
+        self, phase: Phase, mask: PackedMask | NeighborhoodMask | BandMask | None = None
+    ) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device."""
         self.phase = phase
         if mask is None:
+            return
+        if isinstance(mask, BandMask):
+            self.head_density = mask.head_density(self.q.device)
+            banded = ops.BandedCall(self.q, self.k, self.v, mask, self.key_valid, 1.0)
+            self.kernel = ops.select("banded_attention", banded, self.impl).name
             return
         self.head_density = mask.head_density
         if isinstance(mask, PackedMask):
@@ -277,14 +315,6 @@ class Call:
         counts = torch.empty(shape[:3], dtype=torch.int32, device="meta")
         listed = BlockMask(counts, indices, mask.block, mask.seq)
         return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0)
-
-
-def video_blocks(layout: TokenLayout, block: int) -> int:
-    """Blocks made of video alone, of tokens ordered video first.
-
-    The block in which video ends and text begins counts as text.
-    """
-    return layout.video // block if layout.text else block_count(layout.video, block)
 
 
 @dataclass(frozen=True)

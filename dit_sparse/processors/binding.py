@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenLayout
+from dit_sparse.methods.base import Call
+from dit_sparse.methods.dense import Dense
 from dit_sparse.processors.checks import check_bindable, check_implementation
 from dit_sparse.processors.hooks import ForwardHooks, find_generation_hook
+from dit_sparse.processors.identity import identify
 from dit_sparse.processors.rewrap import rewrap, site_of
 from dit_sparse.processors.run import Run
 from dit_sparse.processors.site import ForwardPass, Scope, Site
@@ -43,6 +47,9 @@ class Binding:
         self.model = model
         self.config = config
         self.family, modules = check_bindable(model, config)
+        self.identity = identify(model, pipeline)
+        # What computes each call. An offline search puts itself here to see all of them.
+        self.attend: Callable[[Call], Tensor] = self._attend_by_config
         self.scope = Scope()
         self.run = Run()
         self.passing = ForwardPass(TokenLayout((1, 1, 1)))
@@ -86,6 +93,10 @@ class Binding:
                 _set_processor(site.module, site.original)
         self.hooks.remove()
         self.run.end_generation()
+
+    def _attend_by_config(self, call: Call) -> Tensor:
+        is_dense = call.layer in self.config.dense_layers
+        return (Dense() if is_dense else self.config.method).attend(call)
 
     def is_active(self) -> bool:
         """Whether any site still holds our processor."""

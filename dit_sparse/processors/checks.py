@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from dit_sparse.bands import FULL, BandMask
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import ops
+from dit_sparse.layout import TokenLayout
 from dit_sparse.mask import BlockMask
 from dit_sparse.processors.family import Family, family_of
 
@@ -79,12 +81,21 @@ def check_implementation(
     """
     if config.impl == "auto":
         return
-    block = getattr(config.method, "block", 64)
+    # None where the method decides later.
+    block = getattr(config.method, "block", None) or 64
     q = torch.empty(1, block, 1, dim, dtype=dtype, device=device)
     lse = torch.empty(1, 1, block, device=device)
     mask = BlockMask.full(block, block, device)
     calls: dict[str, Any] = {
         "attention": ops.AttentionCall(q=q, k=q, v=q, mask=mask, key_valid=None, scale=1.0),
+        "banded_attention": ops.BandedCall(
+            q=q,
+            k=q,
+            v=q,
+            bands=BandMask((FULL,), block, TokenLayout((1, 1, block))),
+            key_valid=None,
+            scale=1.0,
+        ),
         "row_lse": ops.AttentionCall(q=q, k=q, v=None, mask=None, key_valid=None, scale=1.0),
         "block_mass": ops.BlockMassCall(
             q=q, k=q, lse=lse, block=(block, block), key_valid=None, scale=1.0

@@ -22,6 +22,8 @@ class Moment:
         total: Number of steps, where anything tells it.
         value: The timestep; only read where the context does not tell both.
         position: ``index``, else the place of the timestep among the scheduler's.
+        noise: Noise level as a share of that of the first step, where the scheduler or the context
+            tells it.
     """
 
     name: str | None
@@ -29,6 +31,7 @@ class Moment:
     total: int | None
     value: float | None
     position: int | None
+    noise: float | None = None
 
     @property
     def kind(self) -> tuple[int | None, bool]:
@@ -54,8 +57,10 @@ class Moment:
         total = getattr(context, "num_inference_steps", None)
         if total is None and timesteps:
             total = len(timesteps)
+        # A second-order scheduler counts steps that share a timestep.
+        told = index if total == len(timesteps or ()) else None
         if index is not None and total is not None:
-            return cls(name, index, total, None, index)
+            return cls(name, index, total, None, index, _noise(context, told, timesteps))
         if timestep is None:
             raise RuntimeError(
                 "neither a cache context nor a timestep tells the denoising step; call the "
@@ -65,10 +70,19 @@ class Moment:
         # frame: the largest is the step's.
         value = float(timestep.max())
         if index is not None:
-            return cls(name, index, total, value, index)
+            return cls(name, index, total, value, index, _noise(context, told, timesteps))
         # Some pipelines cast the timestep to the dtype of the latents; others scale it to [0, 1],
         # which leaves its place among the scheduler's unknown: their first is 1, and 1 may be the
         # scheduler's last.
         known = torch.tensor(timesteps or (), dtype=torch.float64).to(timestep.dtype).tolist()
         is_place = value in known and (value > 1 or known[0] <= 1)
-        return cls(name, None, total, value, known.index(value) if is_place else None)
+        place = known.index(value) if is_place else None
+        return cls(name, None, total, value, place, _noise(context, place, timesteps))
+
+
+def _noise(context: Any, place: int | None, timesteps: tuple[float, ...] | None) -> float | None:
+    if timesteps and timesteps[0] > 0 and place is not None and place < len(timesteps):
+        return timesteps[place] / timesteps[0]
+    # The sigma of flow matching is the noise level itself; other schedulers' exceed 1.
+    sigma = getattr(context, "sigma", None)
+    return float(sigma) if sigma is not None and 0 <= sigma <= 1 else None

@@ -226,7 +226,9 @@ class Run:
             others = {b.step.index for b in self.branches.values() if b.moment.value == now.value}
             latest = max((b.step.index for b in self.branches.values()), default=-1)
             position = max(others) if others else latest + 1
-        if now.value is not None:
+        if now.noise is not None:
+            progress = 1 - now.noise
+        elif now.value is not None:
             progress = 1 - now.value / self._first_value if self._first_value > 0 else 0.0
         else:
             progress = position / now.total if now.total else 0.0

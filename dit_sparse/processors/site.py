@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call
-from dit_sparse.methods.dense import Dense
 from dit_sparse.processors.masks import read_mask
 from dit_sparse.processors.op import register_site
 from dit_sparse.processors.operands import Operands
@@ -112,10 +111,10 @@ class Site:
             dense_layers=binding.config.dense_layers,
             shared=run.shared,
             notes=run.notes,
+            model=binding.identity,
         )
-        method = Dense() if self.index in binding.config.dense_layers else binding.config.method
         stop = run.attention_watch.start(q.device)
-        out = operands.leave(method.attend(call))
+        out = operands.leave(binding.attend(call))
         stop()
         run.note(call)
         return out

@@ -147,3 +147,51 @@ def test_step_caches_skip_calls_and_never_shift_steps(
         assert torch.equal(run(steps=8, **options), first)
         assert held(sparse) == 0
     model.disable_cache()
+
+
+def test_progress_is_the_fallen_noise_whatever_the_pipeline_tells(
+    context: str, clip: Any, calls: list[Call]
+) -> None:
+    run = clip()
+    with enable_sparse_attention(run.pipe, "adaspa", **SETTINGS):
+        run(steps=5)
+    timesteps = run.pipe.scheduler.timesteps.double()
+    noise = [float(t / timesteps[0]) for t in timesteps]
+    assert [call.step.progress for call in calls[::4]] == pytest.approx([1 - n for n in noise])
+    # Flow matching shifts the noise: its fall is not the share of the steps.
+    assert calls[4].step.progress < 0.9 / 5
+
+
+def test_the_second_expert_goes_on_where_the_first_one_stopped(
+    context: str, clip: Any, wan: Any, calls: list[Call]
+) -> None:
+    run = clip(second=wan(seed=1), boundary_ratio=0.8)
+    with enable_sparse_attention(run.pipe, "adaspa", **SETTINGS):
+        run(steps=5)
+    timesteps = run.pipe.scheduler.timesteps.double()
+    noise = [float(t / timesteps[0]) for t in timesteps]
+    assert [call.step.progress for call in calls[::4]] == pytest.approx([1 - n for n in noise])
+    experts = [call.model.component for call in calls[::4] if call.model]
+    assert experts == ["transformer" if n >= 0.8 else "transformer_2" for n in noise]
+    assert {"transformer", "transformer_2"} == set(experts)
+
+
+def test_the_context_tells_the_noise_of_a_model_without_pipeline(
+    wan: Any, inputs: Any, calls: list[Call]
+) -> None:
+    model = wan()
+    model.set_attn_processor(SparseProcessor("adaspa", sparsity=0.5))
+    sigmas = (1.0, 0.9, 0.5)
+    for index, sigma in enumerate(sigmas):
+        fields = {"step_index": index, "num_inference_steps": 3, "sigma": sigma}
+        with model.cache_context("cond", **fields):
+            model(**inputs(1000 * sigma))
+    assert [call.step.progress for call in calls[::2]] == pytest.approx([0.0, 0.1, 0.5])
+    assert calls[0].model is not None and calls[0].model.component == ""
+    # Other schedulers' sigmas are not shares: the step count is all there is.
+    calls.clear()
+    for index, sigma in enumerate((14.6, 5.0, 2.0)):
+        fields = {"step_index": index, "num_inference_steps": 3, "sigma": sigma}
+        with model.cache_context("cond", **fields):
+            model(**inputs(900.0 - 300 * index))
+    assert [call.step.progress for call in calls[::2]] == pytest.approx([0.0, 1 / 3, 2 / 3])
