@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ import torch
 from dit_sparse import SparseProcessor
 from dit_sparse.eval.arms import Arm, parse_arm, split_entries
 from dit_sparse.eval.compare import machine_info
-from dit_sparse.eval.metrics import Quality, compare_clips
+from dit_sparse.eval.metrics import compare_clips
 from dit_sparse.eval.paired import bootstrap_mean, paired_difference
 from dit_sparse.pipelines.captions import HELD_OUT_PROMPTS, held_out_scenes
 from dit_sparse.pipelines.codec import PatchCodec
@@ -149,14 +149,9 @@ def generate(pipe: Any, setting: Setting, captions: tuple[str, ...], first: int,
 
 
 def run_arm(
-    pipe: Any,
-    setting: Setting,
-    arm: QualityArm,
-    reference: list[np.ndarray] | None,
-    pool: ProcessPoolExecutor,
-    ratios: list[float] | None,
-) -> tuple[list[np.ndarray], list[Future[Quality]], dict[str, Any]]:
-    """Generates all captions under one arm; the metrics run beside the next arm."""
+    pipe: Any, setting: Setting, arm: QualityArm, ratios: list[float] | None
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Generates and times all captions under one arm."""
     cuda = pipe.device.type == "cuda"
     clips: list[np.ndarray] = []
     seconds = attention = search = 0.0
@@ -182,12 +177,6 @@ def run_arm(
                 search += report.search_seconds
                 density.append(report.density)
                 cache_bytes = max(cache_bytes, report.cache_bytes)
-    futures = []
-    if reference is not None:
-        futures = [
-            pool.submit(compare_clips, clip, exact)
-            for clip, exact in zip(clips, reference, strict=True)
-        ]
     count = len(setting.captions)
     row = {
         "arm": arm.label,
@@ -197,7 +186,7 @@ def run_arm(
         "density": sum(density) / len(density) if density else None,
         "cache_mb": cache_bytes / 1e6,
     }
-    return clips, futures, row
+    return clips, row
 
 
 def run(setting: Setting, arms: list[QualityArm], device: str, dtype: str) -> dict[str, Any]:
@@ -207,36 +196,49 @@ def run(setting: Setting, arms: list[QualityArm], device: str, dtype: str) -> di
     ratios = None
     if any(arm.cache is not None and arm.cache[0] == "magcache" for arm in arms):
         ratios = magcache_ratios(pipe, setting)
-    rows, waiting = [], []
-    # Spawned, since a fork would copy locks that torch's threads hold.
-    workers = max(1, (os.cpu_count() or 2) - 2) if device != "cpu" else 1
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        dense = QualityArm("dense", None, None)
-        reference, _, dense_row = run_arm(pipe, setting, dense, None, pool, ratios)
-        rows.append(dense_row | {"speedup": 1.0})
-        for arm in arms:
-            if arm.label == "dense":
-                continue
-            try:
-                _, futures, row = run_arm(pipe, setting, arm, reference, pool, ratios)
-            except Exception as error:  # the other arms are still wanted
-                print(f"{arm.label}: {type(error).__name__}: {error}", flush=True)
-                rows.append({"arm": arm.label, "error": f"{type(error).__name__}: {error}"})
-                continue
+    dense = QualityArm("dense", None, None)
+    reference, dense_row = run_arm(pipe, setting, dense, ratios)
+    rows = [dense_row | {"speedup": 1.0}]
+    clips: dict[str, list[np.ndarray]] = {}
+    for arm in arms:
+        if arm.label == "dense":
+            continue
+        try:
+            clips[arm.label], row = run_arm(pipe, setting, arm, ratios)
+        except Exception as error:  # the other arms are still wanted
+            row = {"arm": arm.label, "error": f"{type(error).__name__}: {error}"}
+            print(f"{arm.label}: {row['error']}", flush=True)
+        else:
             row["speedup"] = dense_row["seconds"] / row["seconds"]
-            rows.append(row)
-            waiting.append((row, futures))
             print(f"{arm.label}: {row['seconds']:.3f} s a clip, {row['speedup']:.2f}x", flush=True)
-        for row, futures in waiting:
-            found = [future.result() for future in futures]
-            row["psnr"] = [min(q.psnr_mean, 999.0) for q in found]
-            row["psnr_min"] = [min(q.psnr_min, 999.0) for q in found]
-            row["ssim"] = [q.ssim_mean for q in found]
+        rows.append(row)
+    found = qualities(clips, reference, device)
+    for row in rows:
+        row |= found.get(row["arm"], {})
     tokens = PatchCodec.latent_shape(setting.frames, setting.height, setting.width)
     return {
         "machine": machine_info(device),
         "settings": {**setting.__dict__, "tokens": int(np.prod(tokens)), "dtype": dtype},
         "rows": rows,
+    }
+
+
+def qualities(
+    clips: dict[str, list[np.ndarray]], reference: list[np.ndarray], device: str
+) -> dict[str, dict[str, list[float]]]:
+    """PSNR and SSIM of every clip, by arm; after all arms, so that no timing shares a processor."""
+    # Spawned, since a fork would copy locks that torch's threads hold.
+    workers = max(1, (os.cpu_count() or 2) - 2) if device != "cpu" else 1
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = {arm: pool.map(compare_clips, made, reference) for arm, made in clips.items()}
+        found = {arm: list(results) for arm, results in waiting.items()}
+    return {
+        arm: {
+            "psnr": [min(q.psnr_mean, 999.0) for q in results],
+            "psnr_min": [min(q.psnr_min, 999.0) for q in results],
+            "ssim": [q.ssim_mean for q in results],
+        }
+        for arm, results in found.items()
     }
 
 

@@ -5,7 +5,7 @@ Source: Generalized Neighborhood Attention, arXiv 2504.16922, and its implementa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -110,6 +110,15 @@ class GNA(Method):
     @classmethod
     def exact(cls) -> GNA:
         return cls(window=-1, warmup=0)
+
+    def at_budget(self, share: float) -> GNA:
+        return replace(
+            self,
+            window=-1 if share >= 1 else float(share),
+            stride=None,
+            dilation=1,
+            causal=False,
+        )
 
     def attend(self, call: Call) -> Tensor:
         if self._is_warmup(call.step):

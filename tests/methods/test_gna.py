@@ -327,3 +327,9 @@ def test_best_tile_prefers_groups_of_queries_on_ragged_grids() -> None:
     published = Neighborhood.on((30, 48, 80), (18, 24, 24), (16, 8, 8))
     assert best_tile(published, 128) == (2, 8, 8)
     assert best_tile(Neighborhood.on((2, 3, 5), 2), 64) == (2, 3, 5)
+
+
+def test_a_budget_chooses_windows_anew() -> None:
+    method = GNA((3, 8, 8), stride=2, causal=True)
+    assert method.at_budget(0.25) == GNA(0.25)
+    assert method.at_budget(1.0) == GNA(-1)
