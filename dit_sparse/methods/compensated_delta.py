@@ -61,6 +61,8 @@ class CompensatedDelta(ResidualMethod):
             first ones' noise range where nothing tells how many steps there are).
         summary: What skipped blocks contribute: nothing, their means, or means and slope.
         delta: Whether the residual of the last refresh is added.
+        fade: Whether an ageing residual is added in part: by how much it still explains where it is
+            replaced, see :func:`log_fade`. If not, it is added whole.
         extrapolate: Whether the residual is continued linearly from its last two refreshes; keeps
             twice as much, in native precision on the device.
         selection: How a refresh ranks key blocks: by exact attention mass, or by the scores of
@@ -80,6 +82,7 @@ class CompensatedDelta(ResidualMethod):
     warmup: int | float = 0.2
     summary: Summary = "first_order"
     delta: bool = True
+    fade: bool = True
     extrapolate: bool = False
     selection: Selection = "mass"
     block: int = 64
@@ -136,7 +139,7 @@ class CompensatedDelta(ResidualMethod):
             dense = call.dense_with_lse()
             stop = call.search_watch.start(call.q.device)
             in_order = dense if order is None else _reordered(dense, order)
-            self._refresh(moved, part, in_order, delta)
+            self._refresh(moved, part, in_order, delta, turn)
             stop()
             call.record(Phase.SEARCH)
             return dense.out
@@ -144,7 +147,8 @@ class CompensatedDelta(ResidualMethod):
             out = self._sparse(moved)
         else:
             stop = call.search_watch.start(call.q.device)
-            out = self._refresh(moved, part, part.call.attention() if delta else None, delta)
+            dense_part = part.call.attention() if delta else None
+            out = self._refresh(moved, part, dense_part, delta, turn)
             stop()
         if delta:
             out = self._corrected(moved, out, turn)
@@ -179,7 +183,9 @@ class CompensatedDelta(ResidualMethod):
             summary = call.summarize(self.block, first_order=self.summary == "first_order")
         return call.attention(call.memory["mask"], summary).out
 
-    def _refresh(self, call: Call, part: Part, dense: Attended | None, delta: bool) -> Tensor:
+    def _refresh(
+        self, call: Call, part: Part, dense: Attended | None, delta: bool, turn: int
+    ) -> Tensor:
         """Chooses the masks of a part anew and remembers its residual.
 
         Args:
@@ -187,6 +193,7 @@ class CompensatedDelta(ResidualMethod):
             part: What to refresh.
             dense: Dense attention of the part, where there is a residual or the model ran it.
             delta: Whether this layer keeps a residual.
+            turn: Number of this step since the warm-up.
 
         Returns:
             The sparse output of the whole call under the new masks.
@@ -207,6 +214,9 @@ class CompensatedDelta(ResidualMethod):
             store.put(call, fresh)
             return out
         kept = store.get(call)
+        if self.fade:
+            age = min(turn, self.period)
+            self._calibrate(call, part, kept.read(part.index), fresh.read((slice(None),)), age)
         if self.extrapolate:
             if "residual1" not in memory:
                 store.put(call, Residual(torch.zeros_like(kept.values)), slot=1)
@@ -215,6 +225,17 @@ class CompensatedDelta(ResidualMethod):
         kept.replace(part.index, fresh)
         store.put(call, kept)
         return out
+
+    def _calibrate(self, call: Call, part: Part, old: Tensor, new: Tensor, age: int) -> None:
+        """Learns how residuals fade from one that is replaced, ``age`` steps old."""
+        measured = log_fade(old, new) / age
+        fade = call.memory.get("fade")
+        if fade is None:
+            call.memory["fade"] = fade = measured.new_zeros(1, 1, call.q.shape[2], 1)
+            fade[:, :, part.heads] = measured
+        else:
+            # Halfway to the new measurement: each sees a part of the rows only.
+            fade[:, :, part.heads] += (measured - fade[:, :, part.heads]) / 2
 
     def _choose(self, call: Call, lse: Tensor | None) -> PackedMask:
         """The key blocks that the queries of ``call`` keep, every row equally many."""
@@ -230,17 +251,35 @@ class CompensatedDelta(ResidualMethod):
     def _corrected(self, call: Call, out: Tensor, turn: int) -> Tensor:
         """``out`` with what the last refresh of every query and head left to add."""
         store = self.residual_store(call)
-        residual = store.get(call)
-        if "residual1" in call.memory:
+        residual, weight = store.get(call), None
+        if "fade" in call.memory or "residual1" in call.memory:
             age = turns_since(call, self.refresh, self.period, turn, self.block)
-            trend = store.get(call, slot=1).values
-            residual = Residual(residual.values + trend * age.to(trend.dtype))
-        out = residual.add_to(out)
+            if "residual1" in call.memory:
+                trend = store.get(call, slot=1).values
+                residual = Residual(residual.values + trend * age.to(trend.dtype))
+            if "fade" in call.memory:
+                weight = (age * call.memory["fade"]).exp().expand(1, call.q.shape[1], -1, -1)
+        out = residual.add_to(out, weight=weight)
         if call.step.total is not None and call.step.index >= call.step.total - 1:
             # Nothing follows in this generation but the decoder, which needs the room.
             for slot in range(self.residuals_kept()):
                 store.drop(call, slot)
         return out
+
+
+def log_fade(old: Tensor, new: Tensor) -> Tensor:
+    """Logarithm of gamma, the share of a residual that still holds, ``[1, 1, heads, 1]``.
+
+    ``gamma = <new, old> / <old, old>`` is the factor with which the old residual explains most of
+    the new one, per head and within [0.001, 1]; assumed to fall geometrically with age.
+
+    Args:
+        old: The residual kept so far, ``[batch, tokens, heads, dim]``.
+        new: The one that replaces it.
+    """
+    over = (0, 1, 3)
+    share = (new * old).sum(over) / (old * old).sum(over).clamp_min(1e-30)
+    return share.clamp(1e-3, 1.0).log().view(1, 1, -1, 1)
 
 
 def _reordered(dense: Attended, order: Ordering) -> Attended:

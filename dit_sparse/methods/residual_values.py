@@ -66,6 +66,19 @@ class Residual:
             values[:, part] = missed.to(values.dtype)
         return cls(values, scale)
 
+    def read(self, index: tuple[slice | Tensor, ...]) -> Tensor:
+        """The residual of some tokens and heads in fp32 (fp64 if it is kept so).
+
+        Args:
+            index: Of batch, tokens and heads, slices and at most one tensor of positions.
+        """
+        if self.scale is not None:
+            # Indexed reads know no float8.
+            values = self.values.view(torch.uint8)[index].view(self.values.dtype)
+            return values.float() * self.scale[index]
+        values = self.values[index]
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
     def replace(self, index: tuple[slice | Tensor, ...], part: Residual) -> None:
         """Writes another residual of the same precision over some tokens and heads.
 
@@ -80,12 +93,15 @@ class Residual:
                     target, source = target.view(torch.uint8), source.view(torch.uint8)
                 target[index] = source
 
-    def add_to(self, sparse: Tensor, factor: Tensor | None = None) -> Tensor:
-        """``factor * sparse + residual``, computed in fp32 and written into ``sparse``.
+    def add_to(
+        self, sparse: Tensor, factor: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """``factor * sparse + weight * residual``, computed in fp32 and written into ``sparse``.
 
         Args:
             sparse: ``[batch, tokens, heads, dim]``.
             factor: ``[batch, tokens, heads, 1]``; None is 1.
+            weight: ``[batch | 1, tokens, heads, 1]``; None is 1.
         """
         work = torch.promote_types(sparse.dtype, torch.float32)
         one = torch.ones((), dtype=work, device=sparse.device)
@@ -93,6 +109,8 @@ class Residual:
             values = self.values[:, part]
             if self.scale is not None:
                 values = values.to(work) * self.scale[:, part]
+            if weight is not None:
+                values = values * weight[:, part].to(work)
             by = one if factor is None else factor[:, part]
             out = sparse[:, part]
             torch.addcmul(values, by.to(work), out, out=out)

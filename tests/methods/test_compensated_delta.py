@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dit_sparse.methods.compensated_delta import CompensatedDelta, block_means, pooled_scores
+from dit_sparse.methods.compensated_delta import (
+    CompensatedDelta,
+    block_means,
+    log_fade,
+    pooled_scores,
+)
 from dit_sparse.schedule import Phase
 
 UNITS = ["rows", "heads", "all", "never"]
@@ -51,7 +56,7 @@ def test_full_density_is_dense_at_every_step(make: Any, unit: str, extrapolate: 
 
 def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
-    method = CompensatedDelta(0.3, 3, "rows", 1, "centroid", tile=None)
+    method = CompensatedDelta(0.3, 3, "rows", 1, "centroid", tile=None, fade=False)
     memory: dict[str, Any] = {}
     sparse = []
     out = []
@@ -78,6 +83,46 @@ def test_without_compute_the_last_refresh_is_reused(make: Any) -> None:
         assert torch.allclose(out[index], dense[source], atol=1e-12)
 
 
+def test_log_fade_is_the_share_that_holds() -> None:
+    old = torch.randn(2, 50, 3, 8, dtype=torch.float64)
+    factor = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64).view(1, 1, 3, 1)
+    found = log_fade(old, factor * old).flatten()
+    torch.testing.assert_close(found.exp(), torch.tensor([1.0, 0.5, 1e-3]).double())
+
+
+@pytest.mark.parametrize("unit", ["rows", "heads", "all"])
+def test_residuals_that_turn_out_worthless_fade_away(make: Any, unit: str) -> None:
+    """Independent inputs in every step: what is remembered explains nothing and must not stay."""
+    calls = [make(grid=(4, 8, 12), seed=seed, heads=3) for seed in range(8)]
+    error = {}
+    for fade in (False, True):
+        out = run(CompensatedDelta(0.3, 3, unit, 1, fade=fade), calls)
+        error[fade] = sum(float((out[i] - calls[i].attention()).norm()) for i in range(5, 8))
+    assert error[True] < 0.95 * error[False]
+
+
+def test_the_weight_of_a_residual_follows_its_age(make: Any) -> None:
+    calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
+    memory: dict[str, Any] = {}
+    method = CompensatedDelta(0.3, 4, "rows", 1, tile=None)
+    for index, data in enumerate(calls):
+        call = data.call(index, memory)
+        out = method.attend(call)
+    sparse = call.attention(memory["mask"], call.summarize(64, first_order=True)).out
+    # Block b of six had its turn at step b if b < 4, else at step b - 4.
+    last = torch.tensor([0, 1, 2, 3, 0, 1]).repeat_interleave(64)
+    weight = ((3 - last).view(1, -1, 1, 1) * memory["fade"]).exp()
+    torch.testing.assert_close(out, sparse + weight * memory["residual0"].values)
+    assert (memory["fade"] < -0.01).all()
+
+
+def test_nothing_fades_where_nothing_moves(make: Any) -> None:
+    data, memory = make(grid=(4, 8, 12)), {}
+    for index in range(3):
+        CompensatedDelta(0.3, 4, "rows", 1).attend(data.call(index, memory))
+    assert memory["fade"].abs().max() < 1e-12
+
+
 def test_extrapolation_continues_a_straight_line(make: Any) -> None:
     """Values that move by the same amount every step are predicted exactly without compute."""
     start, change = make(grid=(4, 8, 12), seed=0), make(grid=(4, 8, 12), seed=1)
@@ -86,7 +131,7 @@ def test_extrapolation_continues_a_straight_line(make: Any) -> None:
         data = make(grid=(4, 8, 12), seed=0)
         data.v = start.v + step * change.v
         calls.append(data)
-    method = CompensatedDelta(0.0, 2, "all", 1, "drop", extrapolate=True, adapt=False)
+    method = CompensatedDelta(0.0, 2, "all", 1, "drop", fade=False, extrapolate=True, adapt=False)
     out = run(method, calls)
     assert (out[3] - calls[3].attention()).abs().max() < 1e-12
     assert (out[5] - calls[5].attention()).abs().max() < 1e-12
@@ -117,7 +162,7 @@ def test_phases_density_and_memory(make: Any) -> None:
     phases = [phase for phase, _ in seen]
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE, Phase.SPARSE]
     assert seen[-1][1].tolist() == [[0.125 + 0.25] * 2]
-    assert set(memory) == {"turn", "mask", "residual0"}
+    assert set(memory) == {"turn", "mask", "residual0", "fade"}
     assert memory["residual0"].values.shape == data.q.shape
 
 
@@ -133,8 +178,8 @@ def test_residuals_in_host_memory_are_the_same(make: Any, unit: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 def test_residuals_in_eight_bits_are_close(make: Any, unit: str) -> None:
     calls = [make(grid=(3, 9, 13), seed=seed, dtype=torch.float32) for seed in range(6)]
-    exact = run(CompensatedDelta(0.3, 3, unit, 1), calls)
-    rounded = run(CompensatedDelta(0.3, 3, unit, 1, precision="float8"), calls)
+    exact = run(CompensatedDelta(0.3, 3, unit, 1, fade=False), calls)
+    rounded = run(CompensatedDelta(0.3, 3, unit, 1, fade=False, precision="float8"), calls)
     plain = run(CompensatedDelta(0.3, 3, unit, 1, delta=False), calls)
     for index in range(1, 6):
         error = (rounded[index] - exact[index]).norm()
