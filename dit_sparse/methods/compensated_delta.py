@@ -82,7 +82,7 @@ class CompensatedDelta(ResidualMethod):
     warmup: int | float = 0.2
     summary: Summary = "first_order"
     delta: bool = True
-    fade: bool = True
+    fade: bool = False
     extrapolate: bool = False
     selection: Selection = "mass"
     block: int = 64

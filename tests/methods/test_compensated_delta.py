@@ -56,7 +56,7 @@ def test_full_density_is_dense_at_every_step(make: Any, unit: str, extrapolate: 
 
 def test_a_row_is_dense_at_its_turn_and_moved_by_the_sparse_change_after(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
-    method = CompensatedDelta(0.3, 3, "rows", 1, "centroid", tile=None, fade=False)
+    method = CompensatedDelta(0.3, 3, "rows", 1, "centroid", tile=None)
     memory: dict[str, Any] = {}
     sparse = []
     out = []
@@ -104,7 +104,7 @@ def test_residuals_that_turn_out_worthless_fade_away(make: Any, unit: str) -> No
 def test_the_weight_of_a_residual_follows_its_age(make: Any) -> None:
     calls = [make(grid=(4, 8, 12), seed=seed) for seed in range(4)]
     memory: dict[str, Any] = {}
-    method = CompensatedDelta(0.3, 4, "rows", 1, tile=None)
+    method = CompensatedDelta(0.3, 4, "rows", 1, fade=True, tile=None)
     for index, data in enumerate(calls):
         call = data.call(index, memory)
         out = method.attend(call)
@@ -119,7 +119,7 @@ def test_the_weight_of_a_residual_follows_its_age(make: Any) -> None:
 def test_nothing_fades_where_nothing_moves(make: Any) -> None:
     data, memory = make(grid=(4, 8, 12)), {}
     for index in range(3):
-        CompensatedDelta(0.3, 4, "rows", 1).attend(data.call(index, memory))
+        CompensatedDelta(0.3, 4, "rows", 1, fade=True).attend(data.call(index, memory))
     assert memory["fade"].abs().max() < 1e-12
 
 
@@ -131,7 +131,7 @@ def test_extrapolation_continues_a_straight_line(make: Any) -> None:
         data = make(grid=(4, 8, 12), seed=0)
         data.v = start.v + step * change.v
         calls.append(data)
-    method = CompensatedDelta(0.0, 2, "all", 1, "drop", fade=False, extrapolate=True, adapt=False)
+    method = CompensatedDelta(0.0, 2, "all", 1, "drop", extrapolate=True, adapt=False)
     out = run(method, calls)
     assert (out[3] - calls[3].attention()).abs().max() < 1e-12
     assert (out[5] - calls[5].attention()).abs().max() < 1e-12
@@ -162,7 +162,7 @@ def test_phases_density_and_memory(make: Any) -> None:
     phases = [phase for phase, _ in seen]
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE, Phase.SPARSE]
     assert seen[-1][1].tolist() == [[0.125 + 0.25] * 2]
-    assert set(memory) == {"turn", "mask", "residual0", "fade"}
+    assert set(memory) == {"turn", "mask", "residual0"}
     assert memory["residual0"].values.shape == data.q.shape
 
 
@@ -178,8 +178,8 @@ def test_residuals_in_host_memory_are_the_same(make: Any, unit: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 def test_residuals_in_eight_bits_are_close(make: Any, unit: str) -> None:
     calls = [make(grid=(3, 9, 13), seed=seed, dtype=torch.float32) for seed in range(6)]
-    exact = run(CompensatedDelta(0.3, 3, unit, 1, fade=False), calls)
-    rounded = run(CompensatedDelta(0.3, 3, unit, 1, fade=False, precision="float8"), calls)
+    exact = run(CompensatedDelta(0.3, 3, unit, 1), calls)
+    rounded = run(CompensatedDelta(0.3, 3, unit, 1, precision="float8"), calls)
     plain = run(CompensatedDelta(0.3, 3, unit, 1, delta=False), calls)
     for index in range(1, 6):
         error = (rounded[index] - exact[index]).norm()
