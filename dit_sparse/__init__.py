@@ -14,6 +14,7 @@ _EXPORTS = {
     "SparseConfig": "config",
     "Method": "methods.base",
     "AdaSpa": "methods.adaspa",
+    "MMInference": "methods.mminference",
     "list_methods": "methods",
     "list_families": "processors.family",
     "BlockMask": "mask",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dit_sparse.methods import list_methods as list_methods
     from dit_sparse.methods.adaspa import AdaSpa as AdaSpa
     from dit_sparse.methods.base import Method as Method
+    from dit_sparse.methods.mminference import MMInference as MMInference
     from dit_sparse.processors.family import list_families as list_families
     from dit_sparse.processors.processor import SparseProcessor as SparseProcessor
     from dit_sparse.processors.processor import disable_sparse_attention as disable_sparse_attention

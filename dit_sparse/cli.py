@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dit_sparse import cli_gna_plan, cli_search
+from dit_sparse import cli_gna_plan, cli_search, cli_search_mminference
 
 if TYPE_CHECKING:
     from dit_sparse.eval.compare import Comparison, Request
@@ -396,6 +396,7 @@ def families(
 
 cli_gna_plan.register(app)
 cli_search.register(app)
+cli_search_mminference.register(app)
 
 if __name__ == "__main__":
     app()

@@ -74,6 +74,22 @@ class ModelIdentity:
     config: tuple[tuple[str, str], ...] = ()
     component: str = ""
 
+    def differences(self, other: ModelIdentity) -> list[str]:
+        """Why what was made for this model does not fit ``other``; empty if it does.
+
+        Components are not compared. Configuration keys that only one side knows come from another
+        release of diffusers and do not count.
+        """
+        reasons = []
+        if other.kind != self.kind:
+            reasons.append(f"it is for a {self.kind}, not a {other.kind}")
+        here = dict(other.config)
+        return reasons + [
+            f"its model has {key} = {value}, this one {here[key]}"
+            for key, value in self.config
+            if here.get(key, value) != value
+        ]
+
 
 @dataclass(slots=True, eq=False)
 class Call:

@@ -1,4 +1,4 @@
-"""An order of the tokens for every head by itself, for methods that sort tokens by content."""
+"""An order of the tokens for every head by itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dit_sparse.methods.base import Call
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadOrder:
-    """One permutation of the tokens for every batch element and head.
+    """An order of the tokens, or of some of them, for every batch element and head.
 
     Attributes:
-        perm: Position of each token of the new sequence in the given one,
-            ``[batch, heads, tokens]`` int32, half of what int64 would hold between steps.
+        perm: Position of each token of the new sequence in the given one, none twice,
+            ``[batch, heads, chosen]`` int32, half of what int64 would hold between steps.
     """
 
     perm: Tensor
@@ -40,15 +40,34 @@ class HeadOrder:
         return cls(torch.cat([first, text], -1).int())
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x`` ``[batch, tokens, heads, dim]`` in the new order."""
-        return x.gather(1, self._index(x))
+        """``x [batch, tokens, heads, dim]`` in this order: ``[batch, chosen, heads, dim]``."""
+        batch, tokens, heads, dim = x.shape
+        chosen = x.reshape(-1, dim).index_select(0, self._rows(tokens))
+        return chosen.view(batch, -1, heads, dim)
 
-    def undo(self, x: Tensor) -> Tensor:
-        """``x`` ``[batch, tokens, heads, dim]`` back in the given order."""
-        return torch.empty_like(x).scatter_(1, self._index(x), x)
+    def undo(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x [batch, chosen, heads, dim]`` back in the given order.
 
-    def _index(self, x: Tensor) -> Tensor:
-        return self.perm.transpose(1, 2).long().unsqueeze(-1).expand(x.shape)
+        Args:
+            x: In this order.
+            out: Where to put it, ``[batch, tokens, heads, dim]`` contiguous; tokens that were not
+                chosen keep their values. None where all are chosen.
+        """
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        rows = self._rows(out.shape[1])
+        out.view(-1, out.shape[-1]).index_copy_(0, rows, x.reshape(-1, x.shape[-1]))
+        return out
+
+    def undo_lse(self, lse: Tensor, out: Tensor) -> Tensor:
+        """:meth:`undo` of ``lse [batch, heads, chosen]`` into ``out [batch, heads, tokens]``."""
+        return out.scatter_(2, self.perm.long(), lse)
+
+    def _rows(self, tokens: int) -> Tensor:
+        """The chosen tokens as rows of the matrix ``[batch * tokens * heads, dim]``."""
+        batch, heads, _ = self.perm.shape
+        element = torch.arange(batch, device=self.perm.device)[:, None, None]
+        head = torch.arange(heads, device=self.perm.device)
+        return ((element * tokens + self.perm.transpose(1, 2)) * heads + head).flatten()
 
 
 def regroup(call: Call, queries: HeadOrder, keys: HeadOrder) -> Call:

@@ -181,15 +181,7 @@ class Plan:
         """
         reasons = []
         if model is not None:
-            if model.kind != self.model.kind:
-                reasons.append(f"it is for a {self.model.kind}, not a {model.kind}")
-            here = dict(model.config)
-            # Keys that only one side knows come from another release of diffusers.
-            reasons += [
-                f"its model has {key} = {value}, this one {here[key]}"
-                for key, value in self.model.config
-                if here.get(key, value) != value
-            ]
+            reasons += self.model.differences(model)
             components = {step.component for step in self.steps} - {""}
             if model.component and components and model.component not in components:
                 reasons.append(f"it has steps of {sorted(components)}, not of {model.component!r}")

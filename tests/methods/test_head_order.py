@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from dit_sparse.methods.head_order import HeadOrder, regroup
@@ -51,3 +52,27 @@ def test_dense_attention_does_not_feel_two_orders(make: Any) -> None:
     )
     out = one.undo(regroup(call, one, two).attention().out)
     assert (out - data.attention()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("chosen", [40, 25])
+def test_all_or_some_tokens_are_taken_and_put_back(chosen: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 40, 3, 5, generator=rng)
+    perm = torch.rand(2, 3, 40, generator=rng).argsort(-1)[..., :chosen]
+    order = HeadOrder(perm.int())
+    moved = order.apply(x)
+    assert moved.shape == (2, chosen, 3, 5) and moved.is_contiguous()
+    for b in range(2):
+        for h in range(3):
+            assert torch.equal(moved[b, :, h], x[b, perm[b, h], h])
+    # A view that is not contiguous gives the same.
+    assert torch.equal(order.apply(x.transpose(1, 2).contiguous().transpose(1, 2)), moved)
+    back, lse_back = torch.zeros_like(x), torch.zeros(2, 3, 40)
+    assert order.undo(moved, back) is back
+    order.undo_lse(moved[..., 0].transpose(1, 2), lse_back)
+    touched = torch.zeros(2, 3, 40, dtype=torch.bool).scatter_(2, perm, True)
+    assert torch.equal(back, x.where(touched.transpose(1, 2)[..., None], 0.0))
+    assert torch.equal(lse_back, x[..., 0].transpose(1, 2).where(touched, 0.0))
+    if chosen == 40:
+        strided = moved.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(order.undo(strided), x)

@@ -1,0 +1,57 @@
+"""Costs beside a reference, and shares of work that match them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dit_sparse.pipelines.latency import match_cost, relative_cost
+
+
+def test_costs_are_relative_to_the_reference() -> None:
+    calls: list[str] = []
+
+    def work(name: str, amount: int) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            sum(range(amount))
+
+        return run
+
+    cpu = torch.device("cpu")
+    ratio, unit = relative_cost(work("run", 1_200_000), work("reference", 400_000), cpu)
+    assert 2 < ratio < 4.5
+    assert 0 < unit < 1
+    assert calls == ["run", "reference"] * 8
+
+
+@pytest.mark.parametrize("start", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize(("fixed", "slope"), [(0.0, 2.5), (0.3, 2.0), (0.5, 4.0)])
+def test_linear_costs_are_matched(start: float, fixed: float, slope: float) -> None:
+    found = match_cost(lambda share: fixed + slope * share, start)
+    assert found is not None
+    assert found[0] == pytest.approx((1 - fixed) / slope, rel=0.1)
+    assert found[1] == pytest.approx(1, abs=0.05)
+
+
+def test_costs_in_steps_are_matched_from_below() -> None:
+    steps: list[float] = []
+
+    def cost(share: float) -> float:
+        steps.append(share)
+        return 0.7 if share < 0.25 else 1.3
+
+    found = match_cost(cost, 0.2)
+    assert found is not None
+    assert found[0] < 0.25 and found[1] == 0.7
+    assert len(steps) <= 4
+
+
+def test_what_costs_more_at_any_share_is_not_matched() -> None:
+    assert match_cost(lambda share: 1.2 + share, 0.2) is None
+
+
+def test_everything_is_taken_where_it_is_cheap() -> None:
+    assert match_cost(lambda share: 0.1 + 0.2 * share, 0.2) == (1.0, pytest.approx(0.3))
