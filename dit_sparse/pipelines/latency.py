@@ -12,8 +12,8 @@ def relative_cost(
     run: Callable[[], object],
     reference: Callable[[], object],
     device: torch.device,
-    warmup: int = 1,
-    repeats: int = 7,
+    turns: tuple[int, int] = (7, 50),
+    seconds: float = 1.0,
 ) -> tuple[float, float]:
     """Time of ``run`` over that of ``reference``.
 
@@ -22,19 +22,22 @@ def relative_cost(
     shortest time counts: whatever else happens on a machine only ever adds.
 
     Args:
-        run: What to time; called ``warmup + repeats`` times.
+        run: What to time. A first turn, which may compile and allocate, is not timed.
         reference: What to compare it with.
         device: Where they compute.
-        warmup: Untimed turns before: compilation, allocation.
-        repeats: Timed turns.
+        turns: Least and most turns that are timed.
+        seconds: Time after which no more than the least are taken: what is short is repeated more.
 
     Returns:
         The ratio, and the seconds of ``reference``.
     """
-    for _ in range(warmup):
-        run()
-        reference()
-    pairs = [(_seconds(run, device), _seconds(reference, device)) for _ in range(repeats)]
+    run()
+    reference()
+    pairs: list[tuple[float, float]] = []
+    spent = 0.0
+    while len(pairs) < turns[0] or (len(pairs) < turns[1] and spent < seconds):
+        pairs.append((_seconds(run, device), _seconds(reference, device)))
+        spent += sum(pairs[-1])
     shortest, unit = (min(times) for times in zip(*pairs, strict=True))
     return shortest / unit, unit
 

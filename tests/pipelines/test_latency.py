@@ -21,10 +21,21 @@ def test_costs_are_relative_to_the_reference() -> None:
         return run
 
     cpu = torch.device("cpu")
-    ratio, unit = relative_cost(work("run", 1_200_000), work("reference", 400_000), cpu)
+    ratio, unit = relative_cost(
+        work("run", 1_200_000), work("reference", 400_000), cpu, (3, 20), 0.2
+    )
     assert 2 < ratio < 4.5
     assert 0 < unit < 1
-    assert calls == ["run", "reference"] * 8
+    turns = len(calls) // 2
+    assert calls == ["run", "reference"] * turns
+    assert 1 + 3 <= turns <= 1 + 20
+    # At least three however long they take, no more than twenty however short.
+    for amount, seconds, expected in ((10_000, 0.0, 3), (1, 60.0, 20)):
+        calls.clear()
+        relative_cost(
+            work("run", amount), work("reference", amount + 10_000), cpu, (3, 20), seconds
+        )
+        assert len(calls) == 2 * (1 + expected)
 
 
 @pytest.mark.parametrize("start", [0.1, 0.3, 0.9])
