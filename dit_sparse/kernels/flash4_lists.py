@@ -46,7 +46,7 @@ def flash_lists(mask: BlockMask, batch: int, heads: int, key_valid: Tensor | Non
         heads: Heads of the call.
         key_valid: Keys that exist, ``[batch, kv_len]`` bool, or None for all.
     """
-    counts, indices = mask.kv_num_blocks, mask.kv_indices
+    counts, indices = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
     if key_valid is None:
         rows = counts.shape[2]
         nothing = torch.zeros(batch, heads, rows, 1, dtype=torch.int32, device=mask.device)

@@ -248,7 +248,6 @@ def why_chosen(name: str) -> str:
 
 @lru_cache(maxsize=256)
 def _log_choice(op: str, name: str, device: str, dtype: torch.dtype, why: str) -> None:
-    _chosen.setdefault(name, {})[f"{op} {why}"] = None
     logger.info("%s on %s (%s) is computed by %r, %s", op, device, dtype, name, why)
 
 
@@ -344,6 +343,7 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
         if not reasons:
             if impl != "auto":
                 why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
+            _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
             _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]

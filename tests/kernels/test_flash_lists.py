@@ -98,8 +98,10 @@ def test_only_blocks_with_padding_are_partial() -> None:
     part = [lists.mask_indices[b, 0, 0, : lists.mask_counts[b, 0, 0]].tolist() for b in (0, 1)]
     assert kept == [[0], [0, 1, 3]]
     assert part == [[1], [2, 4]]
-    ragged = flash_lists(BlockMask.full(block, seq), BATCH, HEADS, None)
-    assert (ragged.mask_counts == 0).all() and (ragged.full_counts == 5).all()
+    valid[:] = True  # a ragged block without padding is a whole one, however it is said
+    for told in (valid, None):
+        ragged = flash_lists(BlockMask.full(block, seq), BATCH, HEADS, told)
+        assert (ragged.mask_counts == 0).all() and (ragged.full_counts == 5).all()
 
 
 def test_shared_lists_are_not_copied() -> None:
