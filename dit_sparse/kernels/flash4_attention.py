@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.flash4_lists import flash_lists
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, merge
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.mask import BlockMask
 
@@ -145,7 +145,9 @@ class FlashAttention4(Impl):
         kept = _attend(call)
         if call.summary is None or call.mask is None:
             return kept
-        whole = merge(kept, skipped_part(call))
+        from dit_sparse.kernels.triton_merge import merge_into
+
+        whole = merge_into(kept, skipped_part(call))
         return Attended(whole.out, whole.lse, kept.lse)
 
 
