@@ -19,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.kernels import flash3_attention as flash3
+from dit_sparse.kernels import flash4_attention as flash4
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.kernels.triton_mask import expand
 from dit_sparse.mask import BlockMask, block_count
+
+# Implementations of attention by kernels of other projects; checked where they are installed.
+OTHERS = ("cudnn", "flash-attn-3", "flash-attn-4")
 
 
 @dataclass(frozen=True)
@@ -198,11 +203,10 @@ def check_attention(case: Case, dtype: torch.dtype, device: str, path: str) -> l
         case: What to compute.
         dtype: Dtype of the inputs.
         device: Where.
-        path: ``"triton"`` or ``"cudnn"`` for an implementation as users call it, else a path of the
-            Triton launcher.
+        path: The name of an implementation as users call it, else a path of the Triton launcher.
     """
     x = build(case, dtype, device)
-    if path in ("triton", "cudnn"):
+    if path in ("triton", *OTHERS):
         with poisoned_memory():
             found = ops.attention(x.q, x.k, x.v, x.mask, key_valid=x.key_valid, impl=path)
             alone = ops.row_lse(x.q, x.k, x.mask, key_valid=x.key_valid, impl="triton")
@@ -278,9 +282,9 @@ def check_summary(case: Case, dtype: torch.dtype, device: str, path: str) -> lis
     wide = BlockSummary(*(t.double() for t in means), count, slope.double())
     call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, scale, summary)
     with poisoned_memory():
-        if path == "triton":
+        if path in ("triton", *OTHERS):
             found = ops.attention(
-                x.q, x.k, x.v, x.mask, summary=summary, key_valid=x.key_valid, impl="triton"
+                x.q, x.k, x.v, x.mask, summary=summary, key_valid=x.key_valid, impl=path
             )
         else:
             from dit_sparse.kernels.triton_attention import launch
@@ -436,11 +440,27 @@ def tma_refusals(case: Case, dtype: torch.dtype, device: str) -> list[str]:
     return tma_reasons(ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0))
 
 
+def unsuited(name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """Why ``case`` is not for the implementation ``name`` of another project, on any device.
+
+    That it is not installed is one reason; that it cannot be loaded or fails its own test is none.
+    """
+    if name not in {impl.name for impl in ops.implementations("attention")}:
+        return [f"{name} is not installed"]
+    x = build(case, dtype, device)
+    call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, case.dim**-0.5)
+    if name == "cudnn":
+        dense = case.block is None and not case.padding
+        return [] if dense and dtype != torch.float32 else ["cudnn is dense and 16-bit here"]
+    return (flash3 if name == "flash-attn-3" else flash4).static_reasons(call)
+
+
 def run(
     cases: tuple[Case, ...] = CASES + LARGE_CASES,
     full: bool = True,
     tma: bool = True,
     shard: tuple[int, int] = (0, 1),
+    only: str | None = None,
 ) -> bool:
     """Prints one line for each check on the GPU.
 
@@ -449,6 +469,7 @@ def run(
         full: Also checks fp16, fp32 and offsets beyond 32 bits.
         tma: Also checks the TMA path, where a case can take it.
         shard: (i, n) checks the i-th of n equal shares, so that n processes compile in parallel.
+        only: One of :data:`OTHERS`, to check that alone.
 
     Returns:
         Whether all passed.
@@ -477,6 +498,17 @@ def run(
         pairs += [(case, torch.float32) for case in CASES[:6]]
     for case, dtype in pairs[index::shards]:
         label = f"{case.name} {str(dtype).removeprefix('torch.')}"
+        for name in (only,) if only else OTHERS:
+            reasons = unsuited(name, case, dtype, "cuda")
+            if reasons:
+                print(f"-    {f'attention {name} {label}':48s} {reasons[0]}", flush=True)
+                good &= only is None or "not installed" not in reasons[0]
+                continue
+            attempt(f"attention {name} {label}", check_attention, case, dtype, "cuda", name)
+            if name == "flash-attn-4" and case.block is not None:
+                attempt(f"summary {name} {label}", check_summary, case, dtype, "cuda", name)
+        if only:
+            continue
         for path in ("pointer", "tma") if tma else ("pointer",):
             if path == "tma" and tma_refusals(case, dtype, "cuda"):
                 continue
@@ -484,12 +516,10 @@ def run(
             if case.block is not None:
                 attempt(f"summary {path} {label}", check_summary, case, dtype, "cuda", path)
         attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
-        if case.block is None and not case.padding and dtype != torch.float32:
-            attempt(f"attention cudnn {label}", check_attention, case, dtype, "cuda", "cudnn")
         if case.block is not None:
             attempt(f"summarize {label}", check_summarize, case, dtype, "cuda")
             attempt(f"top_blocks {label}", check_top_blocks, case, "cuda")
-    if full and index == 0:
+    if full and index == 0 and not only:
         attempt("attention triton keys past 2**31", check_far_keys, "cuda")
         attempt("attention triton queries past 2**31", check_far_queries, "cuda")
     return good
@@ -501,6 +531,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
     parser.add_argument("--shard", default="0/1", help="I/N: check the I-th of N equal shares")
+    parser.add_argument("--only", choices=OTHERS, help="check this implementation alone")
     options = parser.parse_args()
     part, total = (int(n) for n in options.shard.split("/"))
-    sys.exit(0 if run(tma=not options.no_tma, shard=(part, total)) else 1)
+    sys.exit(0 if run(tma=not options.no_tma, shard=(part, total), only=options.only) else 1)

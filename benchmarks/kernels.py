@@ -1,6 +1,8 @@
-"""Speed of the Triton kernels against the dense kernels of the same machine.
+"""Speed of the sparse kernels against the dense kernels of the same machine.
 
-``python -m benchmarks.kernels --output benchmarks/results/kernels-h100.json [--quick] [--tune]``
+``python -m benchmarks.kernels --output benchmarks/results/kernels-h100.json [--quick]``
+``python -m benchmarks.kernels --write-table RESULTS.json`` makes of such results the table by
+which ``impl="auto"`` chooses on such a machine.
 
 The kernels are checked first; if any result is wrong no time is measured and the exit code is 1.
 ``share_of_ideal`` is the best dense time, times the density, over the measured time: 1.0 at density
@@ -10,6 +12,8 @@ The kernels are checked first; if any result is wrong no time is measured and th
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -26,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import check_kernels
+from benchmarks.kernel_table import write_table
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.triton_attention import Config, launch, tma_reasons
 from dit_sparse.kernels.triton_mask import expand
@@ -54,7 +59,8 @@ SHAPES = (
     Shape(48, 17_792, 64),  # CogVideoX-5B
     Shape(6, 8_192, 64),
     Shape(6, 16_384, 64),
-    Shape(24, 118_784, 128, densities=(0.25, 0.1), blocks=(128,)),  # HunyuanVideo at 720p
+    Shape(40, 75_600, 128, (0.5, 0.25, 0.1, 0.05), (128,)),  # Wan2.1-14B at 720p
+    Shape(24, 118_784, 128, (0.5, 0.25, 0.1, 0.05), (128,)),  # HunyuanVideo at 720p
 )
 QUICK_SHAPES = (Shape(12, 32_768, 128, densities=(1.0, 0.25, 0.1), blocks=(128,)),)
 
@@ -136,11 +142,18 @@ def dense_backends() -> dict[str, Callable[[Tensor, Tensor, Tensor], object]]:
         "sdpa-cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa-flash": sdpa(SDPBackend.FLASH_ATTENTION),
     }
-    try:
-        import flash_attn_interface
-    except ImportError:
-        return found
-    return {"flash-attention-3": flash_attn_interface.flash_attn_func, **found}
+    installed = {impl.name for impl in ops.implementations("attention")}
+    flash = [name for name in ("flash-attn-3", "flash-attn-4") if name in installed]
+    return {
+        **{
+            name: lambda q, k, v, name=name: ops.attention(q, k, v, impl=name).out for name in flash
+        },
+        **found,
+    }
+
+
+class OutOfTime(Exception):
+    """The time for all measurements is spent."""
 
 
 def correct(tma: bool) -> bool:
@@ -166,9 +179,13 @@ def correct(tma: bool) -> bool:
 class Bench:
     """Measures and prints rows."""
 
-    def __init__(self, paths: tuple[str, ...], budget_s: float) -> None:
-        self.paths = paths
+    def __init__(self, sparse: tuple[str, ...], budget_s: float, deadline: float) -> None:
+        self.sparse = sparse
+        self.paths = tuple(
+            name.removeprefix("triton-") for name in sparse if name.startswith("triton-")
+        )
         self.budget_s = budget_s
+        self.deadline = deadline
         self.rows: list[Row] = []
 
     def add(
@@ -186,6 +203,8 @@ class Bench:
         config: Config | None = None,
     ) -> float:
         """Times ``function``; ``products`` counts the matrix products (2: scores and values)."""
+        if time.perf_counter() > self.deadline:
+            raise OutOfTime
         ms, spread, repeats = measure(function, sets, self.budget_s)
         flops = 2 * products * shape.heads * shape.tokens**2 * shape.dim * density
         share = best * density / ms if best is not None else None
@@ -203,11 +222,12 @@ class Bench:
         )
         return ms
 
-    def dense(self, shape: Shape, sets: list[tuple[Tensor, ...]], only_best: bool) -> float:
+    def dense(self, shape: Shape, sets: list[tuple[Tensor, ...]], fast_only: bool) -> float:
         """Times the dense kernels and returns the best, in ms."""
         times = []
-        for name, function in list(dense_backends().items())[: 1 if only_best else None]:
-            times.append(self.add(name, "attention", shape, function, sets))
+        for name, function in dense_backends().items():
+            if name != "sdpa-flash" or not fast_only:
+                times.append(self.add(name, "attention", shape, function, sets))
         return min(times)
 
     def ours(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float) -> None:
@@ -227,6 +247,12 @@ class Bench:
                     self.add(
                         f"triton-{path}", "attention", shape,
                         lambda q, k, v, m=mask, path=path: launch(_call(q, k, v, m), path),
+                        sets, block=block, density=achieved, best=best,
+                    )  # fmt: skip
+                if "flash-attn-4" in self.sparse:
+                    self.add(
+                        "flash-attn-4", "attention", shape,
+                        lambda q, k, v, m=mask: ops.attention(q, k, v, m, impl="flash-attn-4"),
                         sets, block=block, density=achieved, best=best,
                     )  # fmt: skip
 
@@ -285,6 +311,15 @@ class Bench:
                     "triton", name, shape, function, sets,
                     block=block, density=achieved, best=best,
                 )  # fmt: skip
+            if "flash-attn-4" in self.sparse:
+                for order, summary in made.items():
+                    self.add(
+                        "flash-attn-4", f"{order}, kernel", shape,
+                        lambda q, k, v, m=mask, s=summary: ops.attention(
+                            q, k, v, m, summary=s, impl="flash-attn-4"
+                        ),
+                        sets, block=block, density=achieved, best=best,
+                    )  # fmt: skip
             for order in made:
                 self.add(
                     "triton", f"summarize {order}", shape,
@@ -304,6 +339,19 @@ class Bench:
                 "triton", "lists", shape, lambda q, k, v, m=packed: expand(m),
                 sets, block=block, best=best, products=0,
             )  # fmt: skip
+
+    def shape(self, shape: Shape, sets: list[tuple[Tensor, ...]], parts: list[str]) -> None:
+        """Times ``parts`` for one shape."""
+        best = self.dense(shape, sets, fast_only=1.0 not in shape.densities)
+        if "attention" in parts:
+            self.ours(shape, sets, best)
+        if "passes" in parts and 1.0 in shape.densities:
+            self.passes(shape, sets, best)
+        if "summaries" in parts and 1.0 in shape.densities:
+            self.summaries(shape, sets, best)
+        if "tune" in parts and shape.tokens in (32_768, 17_792):
+            for block in shape.blocks:
+                self.tune(shape, sets, best, block)
 
     def tune(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float, block: int) -> None:
         """Launch parameters around the defaults at density 0.25."""
@@ -346,7 +394,12 @@ def machine() -> dict[str, str]:
         found = dict(zip(fields.split(","), (x.strip() for x in query.split(",")), strict=True))
     except (OSError, subprocess.SubprocessError):
         found = {"name": torch.cuda.get_device_name()}
-    return {**found, "torch": torch.__version__, "triton": triton.__version__}
+    major, minor = torch.cuda.get_device_capability()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    for package in ("flash-attn-4", "nvidia-cutlass-dsl", "fa3-fwd"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {**found, "capability": f"{major}.{minor}", **versions}
 
 
 def main() -> int:
@@ -362,7 +415,19 @@ def main() -> int:
     parser.add_argument("--shapes", help="only these, e.g. 6x8192x64,12x32768x128")
     parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
     parser.add_argument("--budget", type=float, default=0.25, help="seconds per measurement")
+    parser.add_argument(
+        "--budget-s", type=float, default=float("inf"),
+        help="seconds in all, the check included; what does not fit is left out",
+    )  # fmt: skip
+    parser.add_argument("--sparse", help="only these sparse kernels, e.g. triton-tma,flash-attn-4")
+    parser.add_argument(
+        "--write-table", type=Path, nargs="+", metavar="RESULTS",
+        help="make the table of the machine that these files were measured on, and stop",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.write_table:
+        print(write_table(arguments.write_table))
+        return 0
     parts = arguments.parts.split(",")
     unknown = set(parts) - {"attention", "passes", "summaries", "tune"}
     if unknown:
@@ -374,28 +439,27 @@ def main() -> int:
     probe = torch.empty(1, 128, 1, 64, device="cuda", dtype=torch.bfloat16)
     refusals = tma_reasons(_call(probe, probe, probe, None))
     tma = not arguments.no_tma and not refusals
-    paths = ("pointer", "tma") if tma else ("pointer",)
+    kernels = ["triton-pointer", *(["triton-tma"] if tma else [])]
+    if any(impl.name == "flash-attn-4" for impl in ops.implementations("attention")):
+        kernels.append("flash-attn-4")
+    sparse = arguments.sparse.split(",") if arguments.sparse else kernels
+    if set(sparse) - set(kernels):
+        parser.error(f"--sparse takes {', '.join(kernels)} here, got {arguments.sparse}")
     if not correct(tma):
         print("results are wrong; no speed is measured")
         return 1
     print(f"checked in {time.perf_counter() - began:.0f} s; {machine()}")
 
-    bench = Bench(paths, arguments.budget)
+    bench = Bench(tuple(sparse), arguments.budget, began + arguments.budget_s)
     rng = torch.Generator("cuda").manual_seed(0)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
         if arguments.shapes is not None and str(shape) not in arguments.shapes.split(","):
             continue
-        sets = inputs(shape, rng)
-        best = bench.dense(shape, sets, only_best=1.0 not in shape.densities)
-        if "attention" in parts:
-            bench.ours(shape, sets, best)
-        if "passes" in parts and 1.0 in shape.densities:
-            bench.passes(shape, sets, best)
-        if "summaries" in parts and 1.0 in shape.densities:
-            bench.summaries(shape, sets, best)
-        if "tune" in parts and shape.tokens in (32_768, 17_792):
-            for block in shape.blocks:
-                bench.tune(shape, sets, best, block)
+        try:
+            bench.shape(shape, inputs(shape, rng), parts)
+        except OutOfTime:
+            print(f"{arguments.budget_s:.0f} s are spent in {shape}; the rest is left out")
+            arguments.shapes = ""
         if arguments.output:  # after every shape, so that an interrupted run leaves its part
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             content = {"machine": machine(), "rows": [asdict(row) for row in bench.rows]}

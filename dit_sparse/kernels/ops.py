@@ -1,14 +1,16 @@
 """The attention operations and the choice of who computes them.
 
 Every file beside this one that defines an :class:`Impl` is a candidate. ``impl="auto"`` takes the
-best-ranked candidate without a reason to refuse; a named one either runs or raises with all its
-reasons. Nothing here imports triton or any other optional package.
+first candidate without a reason to refuse, in the order that was measured on such a device
+(:mod:`~dit_sparse.kernels.measured`) or else of their priorities; a named one either runs or raises
+with all its reasons. Nothing here imports triton or any other optional package.
 """
 
 from __future__ import annotations
 
 import abc
 import importlib
+import importlib.metadata
 import logging
 import pkgutil
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.bands import BandMask
+from dit_sparse.kernels.measured import Query, device_class, measured_order
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
 from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
 from dit_sparse.neighborhood_mask import NeighborhoodMask
@@ -165,15 +168,23 @@ class Impl(abc.ABC):
         op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"``,
             ``"neighborhood"`` or ``"banded_attention"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
-        rank: Preference of ``impl="auto"``; higher wins.
+        rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
             given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
+        packages: Names of the distributions any of which it needs; empty if none.
+        partner: Who computes the operations that it does not have, where it is named.
     """
 
     op: ClassVar[str]
     name: ClassVar[str]
     rank: ClassVar[int]
     summaries: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
+    partner: ClassVar[str | None] = None
+
+    def priority(self, call: Any) -> int:
+        """``rank``, where it depends on the call."""
+        return self.rank
 
     @abc.abstractmethod
     def reasons(self, call: Any) -> list[str]:
@@ -198,9 +209,21 @@ def _discover() -> tuple[dict[str, tuple[Impl, ...]], dict[str, str]]:
             missing[module.name.split("_")[0]] = f"package {error.name!r} is not installed"
     found: dict[str, list[Impl]] = {}
     for kind in _concrete(Impl):  # type: ignore[type-abstract]
+        if kind.packages and not any(_installed(name) for name in kind.packages):
+            wanted = " or ".join(repr(name) for name in kind.packages)
+            missing[kind.name] = f"package {wanted} is not installed"
+            continue
         found.setdefault(kind.op, []).append(kind())
     ranked = {op: tuple(sorted(impls, key=lambda i: -i.rank)) for op, impls in found.items()}
     return ranked, missing
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _concrete(kind: type[Impl]) -> list[type[Impl]]:
@@ -214,9 +237,18 @@ def implementations(op: str) -> tuple[Impl, ...]:
     return _discover()[0].get(op, ())
 
 
+# Why each implementation was chosen in this process, in the order of the first times.
+_chosen: dict[str, dict[str, None]] = {}
+
+
+def why_chosen(name: str) -> str:
+    """Why calls went to implementation ``name`` so far; empty if none did."""
+    return "; ".join(_chosen.get(name, ()))
+
+
 @lru_cache(maxsize=256)
-def _log_choice(op: str, name: str, device: str, dtype: torch.dtype) -> None:
-    logger.info("%s on %s (%s) is computed by %r", op, device, dtype, name)
+def _log_choice(op: str, name: str, device: str, dtype: torch.dtype, why: str) -> None:
+    logger.info("%s on %s (%s) is computed by %r, %s", op, device, dtype, name, why)
 
 
 def check_impl(impl: str) -> None:
@@ -235,6 +267,14 @@ def check_impl(impl: str) -> None:
     raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
 
 
+def _responsible(op: str, impl: str) -> str:
+    """``impl``, or its partner if ``impl`` has no ``op``."""
+    named = [i for impls in _discover()[0].values() for i in impls if i.name == impl]
+    if any(i.op == op for i in named):
+        return impl
+    return next((i.partner for i in named if i.partner is not None), impl)
+
+
 AnyCall = (
     AttentionCall | BandedCall | BlockMassCall | NeighborhoodCall | SummarizeCall | TopBlocksCall
 )
@@ -244,6 +284,45 @@ def _operand(call: AnyCall) -> tuple[str, Tensor]:
     """The tensor that messages describe a call by, and its name."""
     name = next(name for name in ("q", "k", "mass") if hasattr(call, name))
     return name, getattr(call, name)
+
+
+@lru_cache(maxsize=16)
+def _device_class(index: int) -> str:
+    return device_class(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def _measured_query(op: str, call: AnyCall) -> Query | None:
+    """What the table of the device is asked; None where nothing is measured."""
+    if not isinstance(call, AttentionCall) or not call.q.is_cuda:
+        return None
+    mask, tokens = call.mask, (call.q.shape[1] * call.k.shape[1]) ** 0.5
+    density, block = 1.0, None
+    if mask is not None:
+        # Bounds on the host: the density itself would have to be read back.
+        longest = mask.longest if isinstance(mask, PackedMask) else mask.kv_indices.shape[-1]
+        density, block = longest / mask.shape[3], mask.block
+    if call.summary is not None:
+        op += "+summary"
+    dtype = str(call.q.dtype).removeprefix("torch.")
+    return Query(op, dtype, call.q.shape[-1], block, tokens, density)
+
+
+def _candidates(op: str, call: AnyCall) -> list[tuple[Impl, str]]:
+    """Implementations of ``op`` in the order in which ``auto`` asks them, and why there."""
+    ranked = sorted(implementations(op), key=lambda i: -i.priority(call))
+    query = _measured_query(op, call)
+    order: tuple[str, ...] = ()
+    device = ""
+    if query is not None:
+        device = _device_class(_operand(call)[1].device.index or 0)
+        order = measured_order(device, query)
+    known = {impl.name: impl for impl in ranked if impl.name in order}
+    # The measured ones change places among themselves; the others keep theirs.
+    measured = iter([known[name] for name in order if name in known])
+    return [
+        (next(measured), f"as measured on {device}") if i.name in known else (i, "by its rank")
+        for i in ranked
+    ]
 
 
 def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
@@ -256,12 +335,16 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     check_impl(impl)
     operand_name, operand = _operand(call)
     refusals = []
-    for candidate in implementations(op):
-        if impl not in ("auto", candidate.name):
+    wanted = _responsible(op, impl)
+    for candidate, why in _candidates(op, call):
+        if wanted not in ("auto", candidate.name):
             continue
         reasons = candidate.reasons(call)
         if not reasons:
-            _log_choice(op, candidate.name, operand.device.type, operand.dtype)
+            if impl != "auto":
+                why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
+            _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
+            _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]
     if impl == "auto":

@@ -293,9 +293,18 @@ class Call:
         )
 
     def record(
-        self, phase: Phase, mask: PackedMask | NeighborhoodMask | BandMask | None = None
+        self,
+        phase: Phase,
+        mask: PackedMask | NeighborhoodMask | BandMask | None = None,
+        summary: bool = False,
     ) -> None:
-        """Notes what this call does, for the report. Reads nothing back from the device."""
+        """Notes what this call does, for the report. Reads nothing back from the device.
+
+        Args:
+            phase: What kind of call it is.
+            mask: What it computes; None if all.
+            summary: Whether summaries stand for the blocks that ``mask`` skips.
+        """
         self.phase = phase
         if mask is None:
             return
@@ -306,7 +315,7 @@ class Call:
             return
         self.head_density = mask.head_density
         if isinstance(mask, PackedMask):
-            self.kernel = ops.select("attention", self._kernel_query(mask), self.impl).name
+            self.kernel = ops.select("attention", self._kernel_query(mask, summary), self.impl).name
         else:
             self.kernel = "+".join(self._neighborhood_kernels(mask))
 
@@ -324,13 +333,15 @@ class Call:
         names = [ops.select(op, call, self.impl).name for op, call in calls.items()]
         return list(dict.fromkeys(names))
 
-    def _kernel_query(self, mask: PackedMask) -> ops.AttentionCall:
+    def _kernel_query(self, mask: PackedMask, summary: bool) -> ops.AttentionCall:
         # The choice depends on shapes and types alone: no list is made for the question.
         shape = (*mask.shape[:3], mask.longest)
         indices = torch.empty(shape, dtype=torch.int32, device="meta")
         counts = torch.empty(shape[:3], dtype=torch.int32, device="meta")
         listed = BlockMask(counts, indices, mask.block, mask.seq)
-        return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0)
+        # That there is one is all that counts, not what it holds.
+        means = BlockSummary(self.k, self.v, self.k) if summary else None
+        return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0, means)
 
 
 @dataclass(frozen=True)

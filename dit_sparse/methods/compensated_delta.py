@@ -168,7 +168,7 @@ class CompensatedDelta(ResidualMethod):
 
     def _record(self, call: Call, moved: Call, delta: bool) -> None:
         mask: PackedMask = call.memory["mask"]
-        call.record(Phase.SPARSE, mask)
+        call.record(Phase.SPARSE, mask, summary=self.summary != "drop")
         if delta and self.refresh in ("rows", "heads"):
             # Over a period every video query meets every key once more.
             share = moved.layout.video / moved.layout.tokens

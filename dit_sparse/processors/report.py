@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
+from dit_sparse.kernels.ops import why_chosen
 from dit_sparse.processors.binding import Binding
 
 
@@ -38,6 +39,8 @@ class Report:
             * ``search_seconds``: time in its searches;
             * ``cache_bytes``: most memory held for it between steps.
 
+        choices: Why calls went to each of ``kernels`` in this process, e.g. ``"attention as
+            measured on h100-sm90"``, ``"attention by its rank"`` or ``"attention as named"``.
         notes: What the methods say beside the numbers, e.g. the memory that a residual takes.
     """
 
@@ -50,6 +53,7 @@ class Report:
     cache_bytes: int
     kernels: dict[str, int]
     layers: list[dict[str, Any]]
+    choices: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -93,6 +97,8 @@ class Report:
         console = Console(file=StringIO(), width=width, force_terminal=False)
         console.print(str(self), highlight=False)
         console.print(table)
+        for name, why in self.choices.items():
+            console.print(f"{name}: {why}", highlight=False)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -144,5 +150,10 @@ def make_report(bindings: Sequence[Binding]) -> Report:
         cache_bytes=sum(max(run.cache_bytes, run.held_bytes()) for run in runs),
         kernels=dict(kernels),
         layers=layers,
+        choices={
+            part: why_chosen(part)
+            for part in dict.fromkeys(part for name in kernels for part in name.split("+"))
+            if why_chosen(part)
+        },
         notes=list(dict.fromkeys(line for run in runs for line in run.notes.values())),
     )

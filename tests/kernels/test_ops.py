@@ -304,7 +304,7 @@ def test_auto_takes_the_best_and_logs_once(caplog: pytest.LogCaptureFixture) -> 
         for _ in range(3):
             ops.attention(q, k, v)
     chosen = [r.getMessage() for r in caplog.records if r.name == "dit_sparse.kernels.ops"]
-    assert chosen == ["attention on cpu (torch.float32) is computed by 'cpu'"]
+    assert chosen == ["attention on cpu (torch.float32) is computed by 'cpu', by its rank"]
 
 
 def test_operand_messages() -> None:

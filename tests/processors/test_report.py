@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_sparse import SparseProcessor, enable_sparse_attention
+from dit_sparse.kernels import ops
 from dit_sparse.methods.base import Call
 from dit_sparse.processors.run import stored_bytes
 
@@ -61,6 +62,21 @@ def test_totals_are_those_of_the_layers(clip: Any) -> None:
     # No tensor is shared between layers here.
     assert report.cache_bytes == sum(e["cache_bytes"] for e in layers)
     assert report.kernels == {"own": 8, "cpu": 12}
+
+
+def test_why_kernels_were_chosen(clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_chosen", {})
+    run = clip()
+    with enable_sparse_attention(run.pipe, "adaspa", **SETTINGS) as sparse:
+        run(steps=5)
+        report = sparse.report()
+    # The model's own attention is nobody's choice.
+    assert set(report.choices) == {"cpu"}
+    assert "attention by its rank" in report.choices["cpu"]
+    assert f"cpu: {report.choices['cpu']}" in " ".join(report.table(1000).split())
+    with enable_sparse_attention(run.pipe, "adaspa", **SETTINGS, impl="cpu") as sparse:
+        run(steps=5)
+        assert "attention as named" in sparse.report().choices["cpu"]
 
 
 def test_cache_bytes_are_what_the_layer_keeps(wan: Any, inputs: Any) -> None:
