@@ -83,6 +83,11 @@ LARGE_CASES = (
     Case("large-dense-ragged", (2111, 2333), 64, None),
     Case("large-256", (1111, 1333), 256, (128, 128), padding=True),
     Case("large-bhld", (2111, 2333), 128, (64, 128), layout="bhld"),
+    Case("hopper-128", (2111, 2333), 128, (128, 64), padding=True),
+    Case("hopper-even", (2048, 4096), 128, (128, 64)),
+    Case("hopper-64", (2111, 2333), 64, (128, 128), padding=True, layout="fused"),
+    Case("hopper-one-row", (100, 300), 128, (128, 128), mask=(1, 1), skip_head=True),
+    Case("hopper-one-block", (300, 60), 128, (128, 128), layout="bhld"),
 )
 
 
@@ -217,7 +222,9 @@ def check_attention(case: Case, dtype: torch.dtype, device: str, path: str) -> l
         call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, scale)
         bare = ops.AttentionCall(x.q, x.k, None, x.mask, x.key_valid, scale)
         with poisoned_memory():
-            found, alone = launch(call, path), launch(bare, path).lse
+            found = launch(call, path)
+            # The kernel for Hopper has no form without values.
+            alone = launch(bare, "pointer" if path == "hopper" else path).lse
 
     q, k, v = (t.nan_to_num(0.0).transpose(1, 2) for t in (x.q, x.k, x.v))
     keep = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool, device=device)
@@ -432,12 +439,13 @@ def _compare_far(found: ops.Attended, q: Tensor, k: Tensor, v: Tensor) -> list[F
     ]
 
 
-def tma_refusals(case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """Why ``case`` cannot take the TMA path; empty if it can."""
-    from dit_sparse.kernels.triton_attention import tma_reasons
+def refusals(path: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """Why ``case`` cannot take ``path``; empty if it can."""
+    from dit_sparse.kernels.triton_attention import hopper_reasons, tma_reasons
 
     x = build(case, dtype, device)
-    return tma_reasons(ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0))
+    call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0)
+    return {"tma": tma_reasons, "hopper": hopper_reasons}[path](call) if path != "pointer" else []
 
 
 def unsuited(name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
@@ -509,8 +517,8 @@ def run(
                 attempt(f"summary {name} {label}", check_summary, case, dtype, "cuda", name)
         if only:
             continue
-        for path in ("pointer", "tma") if tma else ("pointer",):
-            if path == "tma" and tma_refusals(case, dtype, "cuda"):
+        for path in ("pointer", "tma", "hopper") if tma else ("pointer",):
+            if refusals(path, case, dtype, "cuda"):
                 continue
             attempt(f"attention {path} {label}", check_attention, case, dtype, "cuda", path)
             if case.block is not None:

@@ -1,8 +1,8 @@
 """Attention by FlashAttention-4 (package ``flash-attn-4``), which computes block lists on Hopper.
 
-On an H100 its block-sparse kernel is the fastest known to us at head dim 128: it overlaps the
-softmax of one block with the products of the next, which Triton's compiler does not do there. It is
-compiled by CuTe DSL at its first use, seconds for each kind of call.
+It overlaps the softmax of one block with the products of the next, as our own kernel for Hopper
+does (:mod:`dit_sparse.kernels.gluon.attention`), and needs no triton with Gluon. It is compiled by
+CuTe DSL at its first use, seconds for each kind of call.
 
 Summaries of skipped blocks are a second pass: the Triton kernel over empty lists computes their
 part alone, and the two parts are merged by their log-sum-exp.
@@ -114,14 +114,8 @@ class FlashAttention4(Impl):
     partner = "triton"
 
     def priority(self, call: AttentionCall) -> int:
-        # Called directly on an H100, with blocks of 128 x 128, it was ahead of Triton's kernel at
-        # head dim 128 and behind at 64; dense it was ahead of cuDNN at both. Other calls come
-        # after Triton until a table says more.
-        if call.mask is None:
-            return 115 if call.key_valid is None else 95
-        tokens = min(call.q.shape[1], call.k.shape[1])
-        ahead = call.q.shape[-1] > 64 and call.mask.block == (128, 128) and tokens >= 8192
-        return self.rank if ahead and call.summary is None else 95
+        # Dense it was ahead of cuDNN on an H100; block lists are for tables to say.
+        return 115 if call.mask is None and call.key_valid is None else 95
 
     def reasons(self, call: AttentionCall) -> list[str]:
         q, reasons = call.q, []

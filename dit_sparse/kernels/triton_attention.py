@@ -7,7 +7,9 @@ are read without any masking; the others (the ragged last block, padding) in a s
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import importlib
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -27,7 +29,7 @@ from dit_sparse.kernels.triton_common import (
 from dit_sparse.kernels.triton_mask import expand
 from dit_sparse.kernels.triton_summary import add_summaries
 
-Path = Literal["pointer", "tma"]
+Path = Literal["pointer", "tma", "hopper"]
 # Whether calls that can go through TMA descriptors do; see `benchmarks.kernels` for both paths.
 PREFER_TMA = True
 
@@ -342,18 +344,38 @@ def tma_reasons(call: AttentionCall) -> list[str]:
     return reasons
 
 
+@lru_cache(maxsize=1)
+def _hopper() -> Any:
+    return importlib.import_module("dit_sparse.kernels.gluon.attention")
+
+
+def hopper_reasons(call: AttentionCall) -> list[str]:
+    """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
+    if INTERPRETED:
+        return ["Gluon has no interpreter"]
+    try:
+        return _hopper().reasons(call)
+    except ImportError as error:
+        # An experiment of triton's, which moves between its versions.
+        return [f"this version of triton lacks it ({error})"]
+
+
 def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = None) -> Attended:
     """Runs the kernel.
 
     Args:
         call: Without values (``call.v`` None) only the LSE is computed.
-        path: How keys and values are read; ``"tma"`` requires ``tma_reasons(call)`` empty.
+        path: Which kernel: ``"pointer"`` and ``"tma"`` say how keys and values are read, the latter
+            requires ``tma_reasons(call)`` empty; ``"hopper"`` is that of
+            :mod:`dit_sparse.kernels.gluon.attention` and requires ``hopper_reasons(call)`` empty.
         config: Launch parameters; ``default_config`` if None.
 
     Returns:
         ``out [batch, q_len, heads, dim]`` (empty without values), ``lse [batch, heads, q_len]``
         fp32 and, with a summary, ``lse_kept`` as ``lse``.
     """
+    if path == "hopper":
+        return _hopper().launch(call)
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     v = None if call.v is None else last_contiguous(call.v)
     batch, q_len, heads, dim = q.shape
@@ -434,7 +456,10 @@ def _reasons(call: AttentionCall) -> list[str]:
 
 
 def choose_path(call: AttentionCall) -> Path:
-    """How the implementations below read keys and values."""
+    """The kernel that the implementations below use."""
+    # At head dim 64 exponentials take as long as products, and its pipeline gains nothing.
+    if call.q.shape[-1] == 128 and not hopper_reasons(call):
+        return "hopper"
     return "tma" if PREFER_TMA and not tma_reasons(call) else "pointer"
 
 

@@ -144,9 +144,10 @@ def _summarize_kernel(
         if head == 0:
             tl.store(count + batch * columns + column, size)
         if slope is not None:
-            # Dead keys are centred to minus the mean, but their values are zero.
-            centred = (keys.to(tl.float32) - mean[None, :]).to(keys.dtype)
-            total = tl.dot(tl.trans(centred), values, total, input_precision="ieee")
+            # sum (k - kbar) v^T = sum k v^T - n kbar vbar^T: tiles go to the product as they come,
+            # so that their loads can be pipelined.
+            total = tl.dot(tl.trans(keys), values, total, input_precision="ieee")
+            total -= (size * mean)[:, None] * value[None, :]
     if slope is not None:
         at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + program) * DIM * DIM
         tl.store(
@@ -154,6 +155,12 @@ def _summarize_kernel(
             total,
             mask=(dims < DIM)[:, None] & (dims < DIM)[None, :],
         )
+
+
+def _stages(call: SummarizeCall) -> int:
+    """Depth of the pipeline of loads: 96 KiB of shared memory, which all cards have."""
+    tile = 2 * call.block * padded_dim(call.k.shape[-1]) * call.k.element_size()
+    return max(1, min(3, (96 << 10) // tile)) if call.first_order else 1
 
 
 class TritonSummarize(Impl):
@@ -194,7 +201,7 @@ class TritonSummarize(Impl):
                 heads, kv_len, min(kv_len, call.blocks * call.block), columns, per_program,
                 DIM=dim, DIM_PAD=padded_dim(dim), BLOCK=call.block,
                 num_warps=8 if padded_dim(dim) > 64 else 4,
-                num_stages=1,
+                num_stages=_stages(call),
             )  # fmt: skip
         if partial is None:
             return BlockSummary(*means, count)

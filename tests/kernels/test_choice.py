@@ -220,12 +220,7 @@ def test_priorities_where_nothing_was_measured() -> None:
     sparse = replace(long, mask=mask)
     triton, cudnn = 100, 110
     assert impl.priority(long) > cudnn
-    assert cudnn > impl.priority(sparse) > triton
-    narrow = torch.empty(1, 8192, 2, 64, device="meta")
-    assert impl.priority(replace(sparse, q=narrow, k=narrow)) < triton
-    means = BlockSummary(long.k, long.k, long.k)
-    assert impl.priority(replace(sparse, summary=means)) < triton
-    assert impl.priority(call()) < triton  # short
+    assert impl.priority(sparse) < triton
     assert FlashAttention3.rank > impl.priority(long)
 
 

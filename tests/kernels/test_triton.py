@@ -41,7 +41,7 @@ def test_attention_and_row_lse(case: check.Case, dtype: torch.dtype, device: str
 
 @pytest.mark.parametrize("case", cases())
 def test_tma_path(case: check.Case, device: str) -> None:
-    if refusals := check.tma_refusals(case, HALF, device):
+    if refusals := check.refusals("tma", case, HALF, device):
         pytest.skip("; ".join(refusals))
     assert_passed(check.check_attention(case, HALF, device, "tma"))
 
@@ -58,7 +58,7 @@ def blocked() -> list:
 @pytest.mark.parametrize(("case", "dtype"), blocked())
 def test_attention_with_summaries(case: check.Case, dtype: torch.dtype, device: str) -> None:
     assert_passed(check.check_summary(case, dtype, device, "triton"))
-    if not check.tma_refusals(case, dtype, device):
+    if not check.refusals("tma", case, dtype, device):
         assert_passed(check.check_summary(case, dtype, device, "tma"))
 
 

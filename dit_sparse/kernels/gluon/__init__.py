@@ -1,0 +1,1 @@
+"""Kernels in Gluon, which triton has as an experiment: imported only where they can run."""
