@@ -98,6 +98,8 @@ class Bench:
         self.transformer: Any = model.build(layers, device, dtype)
         self.arguments = model.arguments(self.transformer, device, dtype)
         self.padding = "trim" if model.padded else "keep"
+        # Real depth over the depth that is built.
+        self.ratio = model.depth / sum(model.depths(layers).values())
 
     def forward(self, branch: str = "", step: int = 0) -> Tensor:
         branch = branch or self.model.branches[0]

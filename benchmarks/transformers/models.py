@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 Inputs = dict[str, Any]
 
-# Weight of the norms of queries and keys. With their initial weight of 1 attention over random
-# tokens is nearly a plain mean of the values, and a wrong mask would hardly show in the output.
-SHARPNESS = 1.7
+# Weight of the norms of queries and keys, and factor on the projections of values. As initialised,
+# attention over random tokens is nearly the mean of the values and little beside the residual
+# stream: in bf16 a wrong mask would hardly show in the output of the transformer.
+SHARPNESS, VALUE_GAIN = 1.7, 16.0
 PADDED_PROMPT = 100  # valid tokens of a prompt that is padded
 
 
@@ -107,7 +108,7 @@ class Model:
         return {key: int(n) for key, n in found.items()}
 
     def shrunk(self) -> Model:
-        """The variant for tests, of few tokens, two layers a stack."""
+        """The variant for tests, of few tokens, four layers a stack."""
         config = {**self.config, **self.tiny}
         stacks = tuple((name, key, 4) for name, key, _ in self.stacks)
         frames = 1 if self.grid[0] == 1 else 4
@@ -124,12 +125,15 @@ class Model:
             model = getattr(diffusers, self.kind)(**self.config, **self.depths(layers))
         kept = tuple(model._keep_in_fp32_modules or ())
         for name, parameter in model.named_parameters():
+            parts = name.split(".")
+            parent = parts[-2] if len(parts) > 1 else ""
             # As from_pretrained does; buffers keep the precision that they are made in.
-            if not any(part in kept for part in name.split(".")):
+            if not any(part in kept for part in parts):
                 parameter.data = parameter.data.to(dtype)
-            if any(part.startswith("norm_") and part[-2:] in ("_q", "_k") for part in
-                   name.split(".")) and name.endswith("weight"):  # fmt: skip
-                parameter.data.fill_(SHARPNESS)
+            if parent in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                parameter.data.mul_(SHARPNESS)
+            elif parent in ("to_v", "add_v_proj"):
+                parameter.data.mul_(VALUE_GAIN)
         return model.eval().requires_grad_(False)
 
     def arguments(self, model: Any, device: torch.device, dtype: torch.dtype) -> Inputs:

@@ -34,7 +34,7 @@ def phase_of(binding: Binding, branch: str) -> str:
 def step_phases(model: Model, config: SparseConfig, steps: int) -> list[str]:
     """The phase of every step of a generation, seen on the tiny variant of ``model``."""
     small, device = model.shrunk(), torch.device("cpu")
-    transformer: Any = small.build(4, device, torch.float32)
+    transformer: Any = small.build(None, device, torch.float32)
     arguments = small.arguments(transformer, device, torch.float32)
     processor = SparseProcessor(config).install(transformer)
     branch, found = small.branches[0], []
