@@ -52,11 +52,11 @@ def dense_backend(model: Model, transformer: Any, name: str) -> Iterator[None]:
         transformer.set_attention_backend(STOCK)
 
 
-def compile_blocks(model: Model, transformer: Any) -> None:
+def compile_blocks(model: Model, transformer: Any, backend: str = "inductor") -> None:
     """Compiles the blocks one by one, where diffusers knows how by ``compile_repeated_blocks``."""
     if getattr(transformer, "_repeated_blocks", None):
-        transformer.compile_repeated_blocks(fullgraph=True)
+        transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         return
     for name, *_ in model.stacks:
         for block in getattr(transformer, name):
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend)

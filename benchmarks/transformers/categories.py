@@ -12,13 +12,20 @@ from torch.profiler import ProfilerActivity, profile
 
 OPERATOR = "dit_sparse::self_attention"
 
+# Shares of a sparse step that these may take.
+GOALS = {
+    "reorder": (0.03, ("reorder",)),
+    "bookkeeping": (0.02, ("lists and selection", "mass and summaries")),
+}
+_DENSE = ("flash", "fmha", "cudnn")
 # (category, whether inside our operator, parts of kernel names, parts of operator names); the first
 # that matches. A kernel belongs to the innermost PyTorch operator that launched it.
-_RULES: tuple[tuple[str, bool | None, tuple[str, ...], tuple[str, ...]], ...] = (
+_RULES: tuple[tuple[str, bool, tuple[str, ...], tuple[str, ...]], ...] = (
     ("sparse attention", True, ("_attention_fwd_kernel", "_banded_fwd", "_neighborhood_fwd"), ()),
     ("mass and summaries", True, ("_block_mass", "_summarize", "_row_lse"), ()),
     ("lists and selection", True, ("_lists_kernel", "_top_blocks"), ("topk", "sort", "cumsum")),
-    ("dense attention", None, ("flash", "fmha", "cudnn"), ("scaled_dot_product", "_flash_attn")),
+    ("dense attention", True, _DENSE, ("scaled_dot_product",)),
+    ("attention elsewhere", False, _DENSE, ("scaled_dot_product",)),
     ("reorder", True, ("index_select", "indexSelect"), ("index_select", "gather", "aten::index")),
     ("copies inside", True, ("Memcpy", "Memset"), ("copy_", "clone", "contiguous", "cat")),
     ("other inside", True, (), ()),
@@ -38,7 +45,7 @@ def category(kernel: str, operators: Sequence[str]) -> str:
     inside = any(OPERATOR in name for name in operators)
     innermost = operators[0] if operators else ""
     for name, where, kernels, within in _RULES:
-        if where not in (None, inside):
+        if where != inside:
             continue
         catch_all = not kernels and not within
         if (
@@ -65,8 +72,17 @@ class Profile:
     largest: list[tuple[str, str, float, int]]
 
     @property
-    def total(self) -> float:
+    def total_ms(self) -> float:
         return sum(self.by_category.values())
+
+    def verdicts(self) -> list[str]:
+        """What :data:`GOALS` allow and what is taken."""
+        lines = []
+        for name, (goal, kinds) in GOALS.items():
+            share = sum(self.by_category.get(kind, 0.0) for kind in kinds) / (self.total_ms or 1.0)
+            word = "met" if share < goal else "missed"
+            lines.append(f"{name}: {100 * share:.1f} %, goal below {100 * goal:g} % {word}")
+        return lines
 
 
 def profile_step(function: Callable[[], Any], device: torch.device, largest: int = 12) -> Profile:

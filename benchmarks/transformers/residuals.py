@@ -45,7 +45,8 @@ def settled(method: Method, bench: Bench) -> tuple[Method, str | None]:
     )
     fitting = plan.adapted()
     if fitting is None:
-        raise ValueError(f"no residual of {model.name} fits beside its weights: {plan.describe()}")
+        # Without room the method keeps none.
+        return replace(method, budget_gb=0.0), f"at full depth none fits: {plan.describe()}"
     options, held = fitting.options, len(fitting.held_layers)
     few = round(held / bench.ratio)
     changed = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -76,17 +76,26 @@ class ModelRun:
     def results(self) -> dict[str, Any]:
         """Eager, then compiled, then a profile, as far as asked for."""
         found: dict[str, Any] = {"eager": self._mode({})}
+        parts: dict[str, Callable[[], dict[str, Any]]] = {}
         if self.options.profiled:
             backend = found["eager"]["backend"]
-            found["profile"] = {
+            parts["profile"] = lambda: {
                 label: self._profile(config, backend, self.phases[label])
                 for label, config in self.configs.items()
             }
         if self.options.compiled:
-            compile_blocks(self.bench.model, self.bench.transformer)
             known = {row["arm"]: row["attention_ms"] for row in found["eager"]["dense"]}
-            found["compiled"] = self._mode(known)
+            parts["compiled"] = lambda: self._compiled(known)
+        for part, measured in parts.items():
+            try:
+                found[part] = measured()
+            except RuntimeError as error:  # the eager results are worth keeping
+                found.setdefault("errors", {})[part] = f"{type(error).__name__}: {error}"[:2000]
         return found
+
+    def _compiled(self, attention: dict[str, float]) -> dict[str, Any]:
+        compile_blocks(self.bench.model, self.bench.transformer)
+        return self._mode(attention)
 
     def _mode(self, attention: dict[str, float]) -> dict[str, Any]:
         """All arms, eager or compiled as the blocks now are.
@@ -262,4 +271,8 @@ class ModelRun:
             found = phase_of(processor.bindings[0], bench.model.branches[0])
             if found != "sparse":
                 raise RuntimeError(f"expected a sparse step to profile, it was {found}")
-        return {**asdict(profile), "total_ms": profile.total}
+        return {
+            **asdict(profile),
+            "total_ms": profile.total_ms,
+            "verdicts": profile.verdicts(),
+        }

@@ -23,6 +23,7 @@ def model_table(name: str, found: dict[str, Any]) -> str:
     for method, profile in found.get("profile", {}).items():
         if profile is not None:
             lines += _profile(method, profile, found["eager"])
+    lines += [f"{part} failed: {error}" for part, error in found.get("errors", {}).items()]
     return "\n".join(lines)
 
 
@@ -93,6 +94,8 @@ def _profile(method: str, profile: dict[str, Any], eager: dict[str, Any]) -> Ite
     for kind, ms in profile["by_category"].items():
         share = 100 * ms / max(total, 1e-9)
         yield f"  {kind:24s} {ms:9.3f} ms {share:5.1f} % {profile['kernels'][kind]:6d} calls"
+    for text in profile["verdicts"]:
+        yield f"  {text}"
     yield "  longest:"
     for kernel, kind, ms, calls in profile["largest"]:
         yield f"  {ms:9.3f} ms {calls:5d} x {kind:24s} {kernel[:70]}"
