@@ -136,9 +136,11 @@ class Model:
                 parameter.data.mul_(VALUE_GAIN)
         return model.eval().requires_grad_(False)
 
-    def arguments(self, model: Any, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """Random forward arguments, always the same."""
-        draw = Draw(device, dtype, torch.Generator(device).manual_seed(1))
+    def arguments(
+        self, model: Any, device: torch.device, dtype: torch.dtype, seed: int = 1
+    ) -> Inputs:
+        """Random forward arguments, the same for the same seed."""
+        draw = Draw(device, dtype, torch.Generator(device).manual_seed(seed))
         return self.inputs(self, model.config, draw)
 
     @contextmanager

@@ -52,7 +52,8 @@ def representative(phases: Sequence[str]) -> list[int]:
     Phases depend on the index of a step and on what earlier ones left, so the steps between may be
     left out; a dense one is timed once.
     """
-    chosen, taken, start = [], Counter[str](), 0
+    chosen: list[int] = []
+    taken, start = Counter[str](), 0
     for phase, stretch in groupby(phases):
         length = len(list(stretch))
         most = min(length, 1 if phase == "dense" else PER_STRETCH, PER_PHASE - taken[phase])
