@@ -259,14 +259,20 @@ class Run:
             previous = entry.sparse_density
             entry.sparse_density = density if previous is None else previous + density
 
-    def held_bytes(self) -> int:
-        """Bytes of masks and statistics that are kept now."""
-        return stored_bytes([self.shared, *(branch.memory for branch in self.branches.values())])
+    def held_bytes(self, kind: str | None = None) -> int:
+        """Bytes of masks and statistics that are kept now; ``kind`` as for :func:`stored_bytes`."""
+        kept = [self.shared, *(branch.memory for branch in self.branches.values())]
+        return stored_bytes(kept, kind)
 
 
-def stored_bytes(value: Any) -> int:
-    """Bytes that the tensors in ``value`` keep allocated; shared storage counts once."""
-    storages = [tensor.untyped_storage() for tensor in _tensors(value)]
+def stored_bytes(value: Any, kind: str | None = None) -> int:
+    """Bytes that the tensors in ``value`` keep allocated; shared storage counts once.
+
+    Args:
+        value: Tensors in containers and dataclasses.
+        kind: Type of device, e.g. ``"cuda"``, to count those tensors only; None for all.
+    """
+    storages = [t.untyped_storage() for t in _tensors(value) if kind in (None, t.device.type)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

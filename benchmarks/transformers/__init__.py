@@ -1,0 +1,1 @@
+"""Whole transformers: what sparse attention saves of a generation, against dense diffusers."""
