@@ -1,12 +1,14 @@
 """Quality against time on the embedded model: many captions, many arms, paired statistics.
 
     python -m benchmarks.quality --size 16x256x256 --budget-s 540 \\
-        --arms benchmarks/arms/mission.txt,benchmarks/arms/own.txt --output quality-8192.json
+        --arms benchmarks/arms/main.txt,benchmarks/arms/own.txt --output evidence-8192.json
 
 generates the held-out captions under every arm (see :mod:`benchmarks.quality_arms`) from the same
 noise and compares them with the dense clips. The result is written after each arm; arms that the
 budget does not reach are named in it, and the same command continues where it ended. Tables, facts
-and plots are made from it by ``python -m benchmarks.report_quality``.
+and plots are made from it by ``python -m benchmarks.report_quality``. Several sizes or numbers of
+steps run one after the other, each with its share of the budget and its own file: ``--steps 20,50
+--output evidence-{tokens}-{steps}.json``.
 
 Rows hold, one entry a caption: ``psnr`` (mean over frames, dB), ``psnr_min`` (worst frame),
 ``psnr_clip`` and ``ssim``; ``seconds`` (each timing of one caption alone, text encoding and
@@ -18,10 +20,8 @@ steps), ``attention_s`` and ``search_s`` (of one caption), ``cache_mb``, ``confi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,93 +29,17 @@ from typing import Any
 import torch
 
 from benchmarks.quality_arms import QualityArm, read_arms
+from benchmarks.quality_evidence import Evidence
 from benchmarks.quality_run import Bench, OutOfBudget, Setting, predicted_seconds
 from benchmarks.worst_clips import WorstClip, frames_path, keep
-from dit_sparse.eval.compare import machine_info
 from dit_sparse.pipelines.captions import HELD_OUT_PROMPTS, held_out_scenes
 from dit_sparse.pipelines.embedded import load_embedded
 
-SCHEMA = 2
 # What --dry-run expects of one clip at 30 steps before anything was measured: the launches of
 # sparse attention on an H100, and its arithmetic for a clip of a batch at 8,192 tokens.
 GUESSED_CLIP_S, GUESSED_BATCH_CLIP_S = 1.1, 0.2
 # An arm is begun if what it should take, with this margin, is left of the budget.
 MARGIN = 1.3
-
-
-@dataclass
-class Evidence:
-    """The result file.
-
-    Attributes:
-        path: Where it is, or None to keep it in memory.
-        data: Its content.
-    """
-
-    path: Path | None
-    data: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path | None, setting: Setting, device: str, check: bool = True) -> Evidence:
-        """A new result, or the one in ``path`` to be continued.
-
-        Args:
-            path: The file.
-            setting: What this run generates.
-            device: Where.
-            check: Whether to refuse what another setting or graphics card has made.
-
-        Raises:
-            ValueError: If that one is of another setting or graphics card.
-        """
-        fresh = {
-            "schema": SCHEMA,
-            "machine": machine_info(device),
-            "settings": setting.to_dict(),
-            "sessions": [],
-            "rows": [],
-            "skipped": [],
-        }
-        if path is None or not path.is_file():
-            return cls(path, fresh)
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not check:
-            return cls(path, data)
-        for name in ("schema", "settings"):
-            if data.get(name) != fresh[name]:
-                raise ValueError(f"{path} has other {name} than this run; give another --output")
-        gpus = [found["machine"]["gpu"] for found in (data, fresh)]
-        if gpus[0] != gpus[1]:
-            raise ValueError(f"{path} was measured on {gpus[0]}, this is {gpus[1]}")
-        return cls(path, data | {"skipped": []})
-
-    def row(self, label: str) -> dict[str, Any] | None:
-        """The row of an arm that ran to its end."""
-        for row in self.data["rows"]:
-            if row["arm"] == label and "error" not in row:
-                return row
-        return None
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds or replaces a row, and writes the file."""
-        label = row["arm"]
-        self.data["rows"] = [r for r in self.data["rows"] if r["arm"] != label] + [row]
-        self.write()
-
-    def skip(self, arm: str, reason: str) -> None:
-        """Notes why an arm did not run, and writes the file."""
-        print(f"{arm}: skipped, {reason}", flush=True)
-        self.data["skipped"].append({"arm": arm, "reason": reason})
-        self.write()
-
-    def write(self) -> None:
-        """Writes the file, so that an interrupt leaves the previous or this version."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.path)
 
 
 def run(bench: Bench, evidence: Evidence, arms: list[QualityArm], bisect_steps: int) -> None:
@@ -125,6 +49,9 @@ def run(bench: Bench, evidence: Evidence, arms: list[QualityArm], bisect_steps: 
     if not todo:
         print("nothing to do: the result holds all arms")
         return
+    asked = {arm.label for arm in todo}
+    skipped = evidence.data["skipped"]
+    evidence.data["skipped"] = [skip for skip in skipped if skip["arm"] not in asked]
     session: dict[str, Any] = {"began": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     try:
         dense = bench.dense_row()
@@ -189,7 +116,8 @@ def _run_arm(
 ) -> tuple[dict[str, Any], WorstClip]:
     if arm.is_single and 1 not in bench.references:
         evidence.add(bench.single_row())
-    config, columns = None if arm.method is None else arm.method.config, {}
+    config = None if arm.method is None else arm.method.config
+    columns: dict[str, Any] = {}
     if arm.target is not None:
         target, whole = arm.target, isinstance(arm.target, str)
         if isinstance(target, str):
@@ -247,57 +175,85 @@ def dry_run(
     return total
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Setting]:
-    """Options and the setting that they describe."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     add = parser.add_argument
-    add("--size", default="16x256x256", help="FRAMESxHEIGHTxWIDTH")
+    add("--size", default="16x256x256", help="FRAMESxHEIGHTxWIDTH; several with commas")
     add("--captions", type=int, default=20)
-    add("--steps", type=int, default=30)
+    add("--steps", default="30", help="denoising steps; several with commas")
     add("--guidance", type=float, default=3.0)
     add("--batch", type=int, default=10, help="captions generated together")
     add("--seed", type=int, default=0)
     add("--arms", required=True, help="arms and files of arms (*.txt), comma-separated")
     add("--timing-repeats", type=int, default=2, help="timings of one caption an arm")
     add("--bisect-steps", type=int, default=10, help="steps of a try for a density")
-    add("--budget-s", type=float, default=float("inf"), help="seconds, from the program's start")
+    add("--budget-s", type=float, default=float("inf"), help="seconds, once this has started")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default=None, help="bfloat16 on CUDA, float32 on CPU")
-    add("--output", type=Path, help="JSON file to write, or to continue")
+    add("--output", help="JSON file to write or to continue; {tokens} and {steps} are filled in")
     add("--dry-run", action="store_true", help="only say what would run and how long")
-    options = parser.parse_args(arguments)
-    frames, height, width = (int(n) for n in options.size.split("x"))
+    return parser.parse_args(arguments)
+
+
+def settings_of(options: argparse.Namespace) -> list[tuple[Setting, Path | None]]:
+    """What to generate, in order, and the file of each.
+
+    Raises:
+        ValueError: If two of them would share a file.
+    """
     prompts = HELD_OUT_PROMPTS
     if options.captions > len(prompts):
         prompts = tuple(scene.caption() for scene in held_out_scenes(options.captions))
-    setting = Setting(
-        frames,
-        height,
-        width,
-        options.steps,
-        options.guidance,
-        prompts[: options.captions],
-        options.batch,
-        options.seed,
-        options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
-        options.timing_repeats,
-    )
-    return options, setting
+    found: list[tuple[Setting, Path | None]] = []
+    for size in options.size.split(","):
+        for steps in options.steps.split(","):
+            frames, height, width = (int(n) for n in size.split("x"))
+            setting = Setting(
+                frames,
+                height,
+                width,
+                int(steps),
+                options.guidance,
+                prompts[: options.captions],
+                options.batch,
+                options.seed,
+                options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
+                options.timing_repeats,
+            )
+            path = None
+            if options.output is not None:
+                tokens = setting.to_dict()["tokens"]
+                path = Path(options.output.format(tokens=tokens, steps=setting.steps))
+            found.append((setting, path))
+    paths = [path for _, path in found if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"expected a file for each size and number of steps, got {options.output!r}; put "
+            "{tokens} and {steps} into it"
+        )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     started = time.perf_counter()
-    options, setting = parse_arguments(arguments)
-    arms = read_arms(options.arms, setting.grid)
-    evidence = Evidence.open(options.output, setting, options.device, check=not options.dry_run)
-    if options.dry_run:
-        dry_run(arms, setting, evidence, options.bisect_steps)
-        return
-    pipe = load_embedded(device=options.device, dtype=getattr(torch, setting.dtype))
-    pipe.set_progress_bar_config(disable=True)
-    bench = Bench(pipe, setting, deadline=started + options.budget_s)
-    run(bench, evidence, arms, options.bisect_steps)
+    options = parse_arguments(arguments)
+    settings = settings_of(options)
+    pipe = None
+    for number, (setting, path) in enumerate(settings):
+        arms = read_arms(options.arms, setting.grid)
+        evidence = Evidence.open(path, setting, options.device, check=not options.dry_run)
+        if options.dry_run:
+            print(f"{setting.frames}x{setting.height}x{setting.width}, {setting.steps} steps")
+            dry_run(arms, setting, evidence, options.bisect_steps)
+            continue
+        if pipe is None:
+            pipe = load_embedded(device=options.device, dtype=getattr(torch, setting.dtype))
+            pipe.set_progress_bar_config(disable=True)
+        now = time.perf_counter()
+        share = (started + options.budget_s - now) / (len(settings) - number)
+        run(Bench(pipe, setting, deadline=now + share), evidence, arms, options.bisect_steps)
 
 
 if __name__ == "__main__":

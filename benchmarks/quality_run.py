@@ -84,6 +84,7 @@ class Bench:
         setting: What is generated.
         deadline: ``time.perf_counter()`` value after which no batch is begun.
         dense_seconds: Timings of one caption under dense attention.
+        dense_batch_seconds: Of a clip in each dense batch.
         references: Dense clips on the device, by the batch they were made in.
         ratios: MagCache's, once asked for.
     """
@@ -92,6 +93,7 @@ class Bench:
     setting: Setting
     deadline: float = float("inf")
     dense_seconds: list[float] = field(default_factory=list)
+    dense_batch_seconds: list[float] = field(default_factory=list)
     references: dict[int, Tensor] = field(default_factory=dict)
     ratios: list[float] | None = None
 
@@ -100,11 +102,11 @@ class Bench:
         if self.setting.repeats:
             self._clips(0, 1, min(WARMUP_STEPS, self.setting.steps))
         self.dense_seconds = self.time_one()
-        clips, batch_seconds = [], []
+        clips, self.dense_batch_seconds = [], []
         for first in range(0, len(self.setting.captions), self.setting.batch):
             found, seconds = self._timed(first, self.setting.batch)
             clips.append(found)
-            batch_seconds.append(seconds / len(found))
+            self.dense_batch_seconds.append(seconds / len(found))
         self.references[self.setting.batch] = torch.cat(clips)
         return {
             "arm": "dense",
@@ -112,7 +114,7 @@ class Bench:
             "batch": self.setting.batch,
             "density": 1.0,
             "seconds": self.dense_seconds,
-            "batch_seconds": batch_seconds,
+            "batch_seconds": self.dense_batch_seconds,
         }
 
     def single_row(self) -> dict[str, Any]:
@@ -120,15 +122,21 @@ class Bench:
 
         Arms that are generated one by one are compared with these.
         """
-        clips, row = [], {"arm": "dense, one by one", "batch": 1, "density": 1.0, "seconds": []}
-        found = _Qualities()
+        clips, seconds, found = [], [], _Qualities()
         for first in range(len(self.setting.captions)):
-            clip, seconds = self._timed(first, 1)
+            clip, taken = self._timed(first, 1)
             clips.append(clip)
-            row["seconds"].append(seconds)
+            seconds.append(taken)
             found.add(compare(clip, self.references[self.setting.batch][first : first + 1]))
         self.references[1] = torch.cat(clips)
-        return row | found.columns() | {"captions": len(clips)}
+        return {
+            "arm": "dense, one by one",
+            "captions": len(clips),
+            "batch": 1,
+            "density": 1.0,
+            "seconds": seconds,
+            **found.columns(),
+        }
 
     def run(self, arm: QualityArm, config: SparseConfig | None) -> tuple[dict[str, Any], WorstClip]:
         """Row of an arm, and its worst clip.
@@ -191,6 +199,7 @@ class Bench:
             row["batch_seconds"] = batch_seconds
         row["config"] = None if config is None else config.to_dict()
         row["dense_seconds"] = self.dense_seconds
+        row["dense_batch_seconds"] = self.dense_batch_seconds
         assert worst is not None
         return row | found.columns(), worst
 
@@ -229,7 +238,7 @@ class Bench:
             return report.density if whole else sparse_step_density(report)
 
         # A hundredth is nothing at .3, and a fifth of what is computed at .05.
-        tolerance = min(0.01, target / 20)
+        tolerance = min(0.01, target / 10)
         matched = bisect_density(make, target, measure, tolerance=tolerance, most_tries=MOST_TRIES)
         tries = [list(pair) for pair in matched.tries]
         return matched.config, {"target": target, "target_is_whole": whole, "tries": tries}

@@ -10,6 +10,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,9 @@ def keep(path: Path, clip: WorstClip) -> None:
     """Adds a clip to a file, in place of an earlier one of the same arm."""
     clips = [other for other in load(path) if other.arm != clip.arm] + [clip]
     titles = json.dumps([[c.arm, c.caption, c.psnr] for c in clips])
-    pairs = {f"clip{i}": np.stack([c.dense, c.sparse]) for i, c in enumerate(clips)}
-    np.savez_compressed(path, titles=np.array(titles), **pairs)
+    arrays: dict[str, Any] = {"titles": np.array(titles)}
+    arrays |= {f"clip{i}": np.stack([c.dense, c.sparse]) for i, c in enumerate(clips)}
+    np.savez_compressed(path, **arrays)
 
 
 def sheet(clips: list[WorstClip], columns: int = 2) -> NDArray[np.uint8]:
