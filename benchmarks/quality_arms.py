@@ -99,8 +99,7 @@ def parse_line(line: str, grid: tuple[int, int, int]) -> QualityArm:
     if target is not None and missing is None:
         if method is None or method.label == NOISE_FLOOR or cache is not None:
             raise ValueError(f"expected a method alone before '@', got {label!r}")
-        if "plan" not in text:
-            method.config.method.at_budget(0.5)
+        method.config.method.at_budget(0.5)
     return QualityArm(label, method, cache, target, captions, show, missing)
 
 

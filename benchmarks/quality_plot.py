@@ -1,4 +1,4 @@
-"""PSNR against measured time, one picture of all evidence files."""
+"""PSNR or SSIM against measured time, one picture of all evidence files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.quality_results import NOISE_FLOOR, Result, Row
 
+METRICS = {"psnr": "PSNR against dense, dB", "ssim": "SSIM against dense"}
 TIMES = {"seconds": "s, one clip alone", "batch_seconds": "s a clip, in a batch"}
 # Colours of Okabe and Ito, which everybody can tell apart.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -36,10 +37,15 @@ def group(row: Row) -> str:
     return f"cache + {second}" if second else first
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[Result], path: Path, metric: str = "psnr") -> None:
     """Writes the picture: a row for each result, a column for each way to time.
 
     Arms of one series (the same but for its budget) are joined by a line.
+
+    Args:
+        results: What was measured.
+        path: Picture to write, e.g. ``*.svg``.
+        metric: ``"psnr"`` or ``"ssim"``.
     """
     import matplotlib
 
@@ -65,8 +71,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     }
     for result, line in zip(results, axes, strict=True):
         for (time, label), axis in zip(TIMES.items(), line, strict=True):
-            _panel(axis, result, time, style)
-            axis.set(xlabel=label, ylabel="PSNR against dense, dB", title=result.title)
+            _panel(axis, result, time, metric, style)
+            axis.set(xlabel=label, ylabel=METRICS[metric], title=result.title)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -83,20 +89,20 @@ def _drawn(result: Result) -> list[Row]:
     return [row for row in result.rows.values() if not row.arm.startswith(("dense", NOISE_FLOOR))]
 
 
-def _panel(axis: Any, result: Result, time: str, style: dict[str, dict[str, Any]]) -> None:
+def _panel(
+    axis: Any, result: Result, time: str, metric: str, style: dict[str, dict[str, Any]]
+) -> None:
     series: dict[str, list[Row]] = defaultdict(list)
     for row in _drawn(result):
         if getattr(row, time):
             series[row.series].append(row)
     for rows in series.values():
         rows.sort(key=lambda row: (row.density or 0, getattr(row, time)))
+        found = [getattr(row, metric) for row in rows]
         axis.errorbar(
             [getattr(row, time) for row in rows],
-            [row.psnr.mean for row in rows],
-            yerr=[
-                [row.psnr.mean - row.psnr.low for row in rows],
-                [row.psnr.high - row.psnr.mean for row in rows],
-            ],
+            [x.mean for x in found],
+            yerr=[[x.mean - x.low for x in found], [x.high - x.mean for x in found]],
             label=group(rows[0]),
             markersize=4,
             linewidth=1,
@@ -106,8 +112,9 @@ def _panel(axis: Any, result: Result, time: str, style: dict[str, dict[str, Any]
         )
     floor = result.rows.get(NOISE_FLOOR)
     if floor is not None:
-        axis.axhline(floor.psnr.mean, color="gray", linestyle="--", label="noise floor")
-        axis.axhspan(floor.psnr.low, floor.psnr.high, color="gray", alpha=0.15, linewidth=0)
+        level = getattr(floor, metric)
+        axis.axhline(level.mean, color="gray", linestyle="--", label="noise floor")
+        axis.axhspan(level.low, level.high, color="gray", alpha=0.15, linewidth=0)
     dense = Row(result.dense)
     if getattr(dense, time):
         axis.axvline(getattr(dense, time), color="gray", linestyle=":", label="dense")

@@ -1,7 +1,8 @@
-"""Tables, facts and a plot from evidence files.
+"""Tables, facts and plots from evidence files.
 
     python -m benchmarks.report_quality benchmarks/results/evidence-*.json \\
-        --output docs/evidence.md --plot docs/quality.svg --sheet docs/worst-clips.webp
+        --output docs/evidence.md --sheet docs/worst-clips.webp \\
+        --plot docs/quality.svg --plot-ssim docs/quality-ssim.svg
 
 Nothing in them is typed by hand: intervals and answers are computed here, on any machine.
 """
@@ -212,13 +213,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("results", nargs="+", type=Path, help="JSON files of benchmarks.quality")
     add("--output", type=Path, required=True, help="Markdown page to write")
     add("--plot", type=Path, help="picture of PSNR against time to write (svg, png)")
+    add("--plot-ssim", type=Path, help="the same of SSIM")
     add("--sheet", type=Path, help="picture of the first result's worst clips to write (webp)")
     options = parser.parse_args(arguments)
     results = [Result.load(path) for path in options.results]
     pictures = []
-    if options.plot is not None:
-        plot(results, options.plot)
-        pictures.append(("PSNR against measured time", options.plot))
+    for metric, path in (("psnr", options.plot), ("ssim", options.plot_ssim)):
+        if path is not None:
+            plot(results, path, metric)
+            pictures.append((f"{metric.upper()} against measured time", path))
     if options.sheet is not None:
         write_sheet(load(frames_path(options.results[0])), options.sheet)
         pictures.append(

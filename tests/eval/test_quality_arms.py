@@ -82,6 +82,7 @@ def test_what_a_line_says() -> None:
         "fbcache:threshold=0.1@0.2",
         "adaspa+biformer",
         "noise-floor@0.2",
+        "sparse_vdit:plan=embedded-8x16x16@0.2",
         "dense",
         "nothing",
     ],

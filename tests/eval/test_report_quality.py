@@ -117,9 +117,10 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     svg = plot.read_text()
     assert all(name in svg for name in ("noise floor", "magcache", "compensated_delta"))
     assert 0 < sheet.stat().st_size <= 300_000
-    before = svg
-    main([str(path), "--output", str(page), "--plot", str(plot)])
-    assert plot.read_text() == before
+    ssim = tmp_path / "ssim.svg"
+    main([str(path), "--output", str(page), "--plot", str(plot), "--plot-ssim", str(ssim)])
+    assert plot.read_text() == svg
+    assert "SSIM against dense" in ssim.read_text() and "SSIM against dense" not in svg
 
 
 def test_a_sheet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
