@@ -126,7 +126,7 @@ def _run_arm(
                 raise _Unreachable(f"{target!r} has no density to meet")
             target = other["density"]
         config, columns = bench.at_density(arm, target, whole=whole, steps=bisect_steps)
-    row, worst = bench.run(arm, config)
+    row, worst = bench.run(arm, config, warm=arm.target is not None)
     return row | columns, worst
 
 

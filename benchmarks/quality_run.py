@@ -138,12 +138,15 @@ class Bench:
             **found.columns(),
         }
 
-    def run(self, arm: QualityArm, config: SparseConfig | None) -> tuple[dict[str, Any], WorstClip]:
+    def run(
+        self, arm: QualityArm, config: SparseConfig | None, warm: bool = False
+    ) -> tuple[dict[str, Any], WorstClip]:
         """Row of an arm, and its worst clip.
 
         Args:
             arm: The arm.
             config: Its method with the density already found, or None.
+            warm: Whether it has just run, so that its kernels are compiled.
 
         Raises:
             OutOfBudget: If there is no time for all of it.
@@ -162,11 +165,11 @@ class Bench:
         worst: WorstClip | None = None
         found, batch_seconds, densities = _Qualities(), [], []
         with switched_on(self.pipe, cache, config) as processor:
-            if setting.repeats:
+            if setting.repeats and not warm:
                 self._clips(0, 1, min(WARMUP_STEPS, setting.steps))
-                if batch > 1:
-                    row["seconds"] = self.time_one()
-                    row |= _report_of_one(processor)
+            if setting.repeats and batch > 1:
+                row["seconds"] = self.time_one()
+                row |= _report_of_one(processor)
             for first in range(0, count, batch):
                 size = min(batch, count - first)
                 clips, seconds = self._timed(first, size)
@@ -330,7 +333,9 @@ def predicted_seconds(
     """
     count = min(len(setting.captions), arm.captions or len(setting.captions))
     step_s = clip_s / setting.steps
-    seconds = step_s * min(WARMUP_STEPS, setting.steps) if setting.repeats else 0.0
+    seconds = 0.0
+    if setting.repeats and arm.target is None:
+        seconds += step_s * min(WARMUP_STEPS, setting.steps)
     if arm.is_single:
         seconds += count * clip_s
     else:
