@@ -9,7 +9,7 @@ generations.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -225,13 +225,7 @@ class Bench:
         steps = self.setting.steps if whole else min(steps, self.setting.steps)
 
         def make(share: float) -> SparseConfig:
-            return SparseConfig(
-                base.method.at_budget(share),
-                base.dense_layers,
-                base.impl,
-                base.dense_padding,
-                base.strict,
-            )
+            return replace(base, method=base.method.at_budget(share))
 
         def measure(config: SparseConfig) -> float:
             with switched_on(self.pipe, None, config) as processor:

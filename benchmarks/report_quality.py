@@ -163,6 +163,26 @@ def facts(result: Result) -> list[str]:
     return parts
 
 
+def overview(results: Sequence[Result]) -> list[str]:
+    """Every claim with its answer in each result."""
+    claims = read_claims(CLAIMS)
+    cells: dict[str, dict[int, str]] = {}
+    for place, result in enumerate(results):
+        for verdict in result.verdicts(claims):
+            if verdict.difference is not None:
+                answer = f"{verdict.answer}, {verdict.difference.mean:+.1f}"
+                cells.setdefault(verdict.text, {})[place] = answer
+    if not cells:
+        return []
+    rows = [[text, *(row.get(i, "–") for i in range(len(results)))] for text, row in cells.items()]
+    return [
+        "## Claims",
+        "Whether the first arm is nearer to dense than the second, by how many dB on average. "
+        "*Not separated*: the interval of the difference holds zero.",
+        markdown(["claim", *(result.title for result in results)], rows),
+    ]
+
+
 def _front_text(front: Sequence[Row], time: str, dense: float | None) -> str:
     lines = [
         f"* `{row.arm}`: {getattr(row, time):.3f} s, {interval(row.psnr)} dB"
@@ -202,6 +222,7 @@ def document(
         f"Made with `{command}`; this page by `python -m benchmarks.report_quality`.",
     ]
     parts += [f"![{text}]({os.path.relpath(path, folder)})" for text, path in pictures]
+    parts += overview(results)
     parts += [section(result) for result in results]
     return "\n\n".join(parts) + "\n"
 

@@ -112,6 +112,7 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     assert "34.80 (" in line and "| 1.500 | 1.33x | 0.750 | 2.00x | +1.00 (+1.00 to +1.00)" in line
     assert "0.250 (nearest)" in text and text.count("(nearest)") == 1
     assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no |" in text
+    assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no, -1.0 |" in text
     assert "* `moa@0.2`: ValueError: no" in text and "* `adaspa@0.1`: no time left" in text
     assert "Fastest with a mean of 40 dB or more: `compensated_delta`, 1.100 s." in text
     svg = plot.read_text()
