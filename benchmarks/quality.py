@@ -29,15 +29,13 @@ from typing import Any
 import torch
 
 from benchmarks.quality_arms import QualityArm, read_arms
+from benchmarks.quality_estimate import dry_run, predicted_seconds
 from benchmarks.quality_evidence import Evidence
-from benchmarks.quality_run import Bench, OutOfBudget, Setting, predicted_seconds
+from benchmarks.quality_run import Bench, OutOfBudget, Setting
 from benchmarks.worst_clips import WorstClip, frames_path, keep
 from dit_sparse.pipelines.captions import HELD_OUT_PROMPTS, held_out_scenes
 from dit_sparse.pipelines.embedded import load_embedded
 
-# What --dry-run expects of one clip at 30 steps before anything was measured: the launches of
-# sparse attention on an H100, and its arithmetic for a clip of a batch at 8,192 tokens.
-GUESSED_CLIP_S, GUESSED_BATCH_CLIP_S = 1.1, 0.2
 # An arm is begun if what it should take, with this margin, is left of the budget.
 MARGIN = 1.3
 
@@ -139,40 +137,6 @@ def _line(row: dict[str, Any]) -> str:
     if row.get("batch_seconds"):
         parts.append(f"{min(row['batch_seconds']):.3f} s in a batch")
     return ", ".join([*parts, f"took {row['wall_s']:.1f} s"])
-
-
-def dry_run(
-    arms: list[QualityArm], setting: Setting, evidence: Evidence, bisect_steps: int
-) -> float:
-    """Prints what would run and what it should take; returns the seconds."""
-    clip_s = GUESSED_CLIP_S * setting.steps / 30
-    batch_clip_s = GUESSED_BATCH_CLIP_S * setting.steps / 30 * setting.to_dict()["tokens"] / 8192
-    done = [row for row in evidence.data["rows"] if row.get("wall_s")]
-    if done:
-        timed = [statistics.median(row["seconds"]) for row in done if row.get("seconds")]
-        batched = [min(row["batch_seconds"]) for row in done if row.get("batch_seconds")]
-        clip_s = statistics.median(timed or [clip_s])
-        batch_clip_s = statistics.median(batched or [batch_clip_s])
-    total = GUESSED_CLIP_S + len(setting.captions) * batch_clip_s
-    single = False
-    for arm in arms:
-        if evidence.row(arm.label) is not None:
-            print(f"{'done':>8}  {arm.label}")
-            continue
-        if arm.missing is not None:
-            print(f"{'skipped':>8}  {arm.label}: {arm.missing}")
-            continue
-        seconds = predicted_seconds(arm, setting, clip_s, batch_clip_s, bisect_steps=bisect_steps)
-        if arm.is_single and not single:
-            single, seconds = True, seconds + len(setting.captions) * clip_s
-        total += seconds
-        print(f"{seconds:6.1f} s  {arm.label}{' (one by one)' if arm.is_single else ''}")
-    print(
-        f"{total:6.0f} s in all, loading and compiling not counted "
-        f"({'measured' if done else 'guessed'}: {clip_s:.2f} s a clip alone, {batch_clip_s:.2f} s "
-        "in a batch)"
-    )
-    return total
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

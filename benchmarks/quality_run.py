@@ -304,38 +304,3 @@ def _report_of_one(processor: Any) -> dict[str, float]:
 
 def _to_uint8(frame: Tensor) -> np.ndarray:
     return (frame.permute(1, 2, 0) * 255 + 0.5).to(torch.uint8).cpu().numpy()
-
-
-def predicted_seconds(
-    arm: QualityArm,
-    setting: Setting,
-    clip_s: float,
-    batch_clip_s: float,
-    *,
-    bisect_steps: int,
-    tries: float = 3,
-) -> float:
-    """Seconds that an arm will take.
-
-    Args:
-        arm: The arm.
-        setting: What is generated.
-        clip_s: Seconds of a clip alone.
-        batch_clip_s: Seconds of a clip in a batch.
-        bisect_steps: Denoising steps of a try for a density.
-        tries: How many of them are expected.
-    """
-    count = min(len(setting.captions), arm.captions or len(setting.captions))
-    step_s = clip_s / setting.steps
-    seconds = 0.0
-    if setting.repeats and arm.target is None:
-        seconds += step_s * min(WARMUP_STEPS, setting.steps)
-    if arm.is_single:
-        seconds += count * clip_s
-    else:
-        seconds += setting.repeats * clip_s + count * batch_clip_s
-    if isinstance(arm.target, float):
-        seconds += tries * step_s * min(bisect_steps, setting.steps)
-    elif arm.target is not None:
-        seconds += tries * clip_s
-    return seconds

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import dry_run, main, parse_arguments, run, settings_of
+from benchmarks.quality import main, parse_arguments, run, settings_of
 from benchmarks.quality_arms import parse_line
+from benchmarks.quality_estimate import dry_run
 from benchmarks.quality_evidence import Evidence
 from benchmarks.quality_run import Bench, OutOfBudget, Setting
 from benchmarks.worst_clips import frames_path, load
