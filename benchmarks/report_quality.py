@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def section(result: Result) -> str:
         f"captions, batches of {s['batch']}. Dense: {number(dense.seconds, 3)} s a clip alone "
         f"(median of {len(dense.data['seconds'])}), {number(dense.batch_seconds, 3)} s in a batch.",
     ]
+    drifts = [
+        f"{statistics.median(s['dense_seconds']):.3f} to "
+        f"{statistics.median(s['dense_seconds_after']):.3f} s"
+        for s in result.data["sessions"]
+        if s.get("dense_seconds") and s.get("dense_seconds_after")
+    ]
+    if drifts:
+        parts.append(f"Dense at the beginning and the end of each session: {', '.join(drifts)}.")
     yardsticks = [row for row in result.rows.values() if row.arm.startswith(("dense", NOISE_FLOOR))]
     if yardsticks:
         parts += ["What another kernel or another batch alone changes:"]

@@ -51,6 +51,7 @@ def path(tmp_path: Path) -> Path:
         "settings": {"frames": 16, "height": 256, "width": 256, "steps": 30, "tokens": 8192,
                      "grid": [8, 32, 32], "guidance": 3.0, "captions": ["a"] * 5, "batch": 2,
                      "dtype": "bfloat16"},
+        "sessions": [{"dense_seconds": [2.0, 2.2], "dense_seconds_after": [2.5]}, {"arms": 0}],
         "skipped": [{"arm": "adaspa@0.1", "reason": "no time left"}],
         "rows": rows,
     }  # fmt: skip
@@ -113,6 +114,7 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     assert "0.250 (nearest)" in text and text.count("(nearest)") == 1
     assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no |" in text
     assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no, -1.0 |" in text
+    assert "session: 2.100 to 2.500 s." in text
     assert "* `moa@0.2`: ValueError: no" in text and "* `adaspa@0.1`: no time left" in text
     assert "Fastest with a mean of 40 dB or more: `compensated_delta`, 1.100 s." in text
     svg = plot.read_text()
