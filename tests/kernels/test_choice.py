@@ -23,7 +23,6 @@ from dit_sparse.kernels.flash4_attention import FlashAttention4
 from dit_sparse.kernels.measured import Query, device_class, measured_order
 from dit_sparse.kernels.ops import Attended, AttentionCall
 from dit_sparse.kernels.probe import ShapeClass
-from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import BlockMask
 
 
