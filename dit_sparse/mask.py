@@ -12,6 +12,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
+# Tokens in a block: one number for queries and keys, or (queries, keys).
+Block = int | tuple[int, int]
+
+
+def block_sides(block: Block) -> tuple[int, int]:
+    """Tokens in a query block and in a key block."""
+    return (block, block) if isinstance(block, int) else block
+
 
 def block_count(tokens: int, block: int) -> int:
     """Number of blocks of ``block`` tokens that cover ``tokens``; the last one may be ragged."""
@@ -297,10 +305,7 @@ def packed_width(columns: int) -> int:
 def _pairs(
     block: tuple[int, int] | int, seq: tuple[int, int] | int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (
-        (block, block) if isinstance(block, int) else block,
-        (seq, seq) if isinstance(seq, int) else seq,
-    )
+    return block_sides(block), block_sides(seq)
 
 
 def _check_keep(keep: Tensor, block: tuple[int, int], seq: tuple[int, int]) -> None:

@@ -388,14 +388,14 @@ class CpuTopBlocks(Impl):
         return _reasons(call.mass)
 
     def __call__(self, call: TopBlocksCall) -> TopBlocks:
-        free = call.mass[..., : call.free, : call.free]
+        free = call.mass[..., : call.free[0], : call.free[1]]
         order = free.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(free.shape[-1]).expand_as(order)
         )
         chosen = rank < call.count[..., None, None]
         keep = torch.ones(call.mass.shape, dtype=torch.bool)
-        keep[..., : call.free, : call.free] = chosen
+        keep[..., : call.free[0], : call.free[1]] = chosen
         kept_mass = call.mass.new_zeros(call.mass.shape[:3])
-        kept_mass[..., : call.free] = free.where(chosen, 0.0).sum(-1)
+        kept_mass[..., : call.free[0]] = free.where(chosen, 0.0).sum(-1)
         return TopBlocks(PackedMask.from_dense(keep, call.block, call.seq, call.longest), kept_mass)

@@ -110,7 +110,7 @@ class TopBlocksCall:
     count: Tensor
     block: tuple[int, int]
     seq: tuple[int, int]
-    free: int
+    free: tuple[int, int]
     longest: int
 
     def packed(self, bits: Tensor, kept_keys: Tensor) -> PackedMask:
@@ -611,7 +611,7 @@ def top_blocks(
     block: tuple[int, int] | int,
     seq: tuple[int, int] | int,
     *,
-    free: int | None = None,
+    free: tuple[int, int] | int | None = None,
     longest: int | None = None,
     impl: str = "auto",
 ) -> TopBlocks:
@@ -623,8 +623,8 @@ def top_blocks(
             equal masses are taken in ascending order of blocks.
         block: Tokens in a (query, key) block; one int for both.
         seq: Tokens of the (query, key) sequence; one int for both.
-        free: Only the first so many query and key blocks compete (those of the video); all others
-            are kept as rows and as columns. None means all compete.
+        free: Only the first so many (query, key) blocks compete (those of the video); all others
+            are kept as rows and as columns. One int for both; None means all compete.
         longest: Upper bound of the blocks that a row keeps, on the host; all if None.
         impl: As in :func:`attention`.
 
@@ -645,7 +645,8 @@ def top_blocks(
         raise ValueError(
             f"count must be [batch, heads] = {tuple(mass.shape[:2])}, got {tuple(count.shape)}"
         )
-    free = max(rows, columns) if free is None else free
+    if not isinstance(free, tuple):
+        free = (rows, columns) if free is None else (free, free)
     longest = columns if longest is None else max(1, min(longest, columns))
     call = TopBlocksCall(mass, count, block, seq, free, longest)
     return select("top_blocks", call, impl)(call)

@@ -214,9 +214,9 @@ class ReferenceTopBlocks(Impl):
         for b in range(batch):
             for h in range(heads):
                 count = int(call.count.expand(batch, heads)[b, h])
-                for row in range(min(rows, call.free)):
+                for row in range(min(rows, call.free[0])):
                     mass = call.mass[b, h, row].tolist()
-                    competing = range(min(columns, call.free))
+                    competing = range(min(columns, call.free[1]))
                     order = sorted(competing, key=lambda c: (-mass[c], c))
                     for column in order[count:]:
                         keep[b, h, row, column] = False

@@ -62,7 +62,8 @@ def _top_blocks_kernel(
     kept_keys,  # [rows of all heads] fp32
     rows,
     columns,
-    free,  # rows and columns below this compete; the others are kept
+    free_rows,  # rows and columns below these compete; the others are kept
+    free_columns,
     block,
     last,  # keys in the last block
     SIZE: tl.constexpr,  # power of two that holds the columns
@@ -71,7 +72,7 @@ def _top_blocks_kernel(
     row = (line % rows).to(tl.int32)
     keep_count = tl.load(budget + line // rows)
     column = tl.arange(0, SIZE)
-    competes = (column < free) & (row < free)
+    competes = (column < free_columns) & (row < free_rows)
     value = tl.load(mass + line * columns + column, mask=column < columns, other=0.0)
     # Mass is not negative, so the order of the numbers is that of their bit patterns.
     key = tl.where(competes, value.to(tl.int32, bitcast=True), -1)
@@ -87,7 +88,9 @@ def _top_blocks_kernel(
     # Of equal entries the first ones are kept, so that the choice is deterministic.
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
     tl.store(kept_mass + line, tl.sum(tl.where(chosen & competes, value, 0.0), 0))
-    kept = (chosen & competes) | ((column < columns) & ((column >= free) | (row >= free)))
+    kept = (chosen & competes) | (
+        (column < columns) & ((column >= free_columns) | (row >= free_rows))
+    )
     keys = tl.where(column == columns - 1, last, block)
     tl.store(kept_keys + line, tl.sum(tl.where(kept, keys, 0).to(tl.float32), 0))
     places = tl.reshape(kept.to(tl.int32) << (column % 8), [SIZE // 8, 8])
@@ -124,7 +127,7 @@ class TritonTopBlocks(Impl):
         if kept_mass.numel():
             with torch.cuda.device_of(mass):
                 _top_blocks_kernel[(batch * heads * rows,)](
-                    mass, budget, bits, kept_mass, kept_keys, rows, columns, call.free,
+                    mass, budget, bits, kept_mass, kept_keys, rows, columns, *call.free,
                     call.block[1], call.seq[1] - (columns - 1) * call.block[1],
                     SIZE=size, num_warps=4 if size <= 4096 else 8,
                 )  # fmt: skip

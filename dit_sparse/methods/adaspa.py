@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.mask import PackedMask, block_sizes
-from dit_sparse.methods.base import Call, Method, video_blocks
+from dit_sparse.mask import Block, PackedMask, block_sides, block_sizes
+from dit_sparse.methods.base import Call, Method, check_block, video_blocks
 from dit_sparse.schedule import Phase, Schedule
 
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
@@ -42,7 +42,8 @@ class AdaSpa(Method):
         sparsity: Share of video blocks that a head skips on average, in [0, 1).
         search: When masks are searched, see :class:`~dit_sparse.schedule.Schedule`. The paper's 10
             and 30 of 50 steps, as shares.
-        block: Tokens in a query and a key block, 64 or 128.
+        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. On Hopper query
+            blocks of 128 are faster, see docs/kernels.md.
         tile: Order of the video tokens: (frames, height, width) of a tile that becomes one run, or
             None for raster order as in the paper.
         head_adaptive: Whether heads get one of three sparsities by their recall.
@@ -62,7 +63,7 @@ class AdaSpa(Method):
 
     sparsity: float = 0.8
     search: tuple[int | float, ...] = (0.2, 0.6)
-    block: int = 64
+    block: Block = 64
     tile: tuple[int, int, int] | None = (4, 4, 4)
     head_adaptive: bool = True
     lse_cache: bool = True
@@ -76,8 +77,7 @@ class AdaSpa(Method):
                 "sparsity is the share of blocks skipped and must be in [0, 1), got "
                 f"{self.sparsity}; sparsity=0.8 keeps 20 %"
             )
-        if self.block not in (64, 128):
-            raise ValueError(f"block must be 64 or 128 tokens, got {self.block!r}")
+        check_block(self.block)
         if self.tile is not None and (
             len(self.tile) != 3 or any(not isinstance(n, int) or n < 1 for n in self.tile)
         ):
@@ -121,7 +121,7 @@ class AdaSpa(Method):
             lse = call.row_lse()
         mass = call.block_mass(lse, self.block)
         if cached:
-            drift = row_mass_drift(mass, call.layout.tokens, self.block)
+            drift = row_mass_drift(mass, call.layout.tokens, block_sides(self.block)[0])
             call.memory["drift"] = drift
             # The one read-back, only where the user asked for the guard, once per refresh.
             if self.staleness is not None and bool((drift > self.staleness).any()):
@@ -139,11 +139,11 @@ class AdaSpa(Method):
             call: Tokens in tile order, text last.
             mass: Their block mass ``[batch, heads, q_blocks, kv_blocks]``.
         """
-        video = video_blocks(call.layout, self.block)
+        rows, video = (video_blocks(call.layout, side) for side in block_sides(self.block))
         budget = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
         if self.head_adaptive:
             even = call.top_blocks(mass, kept_blocks(budget, video), self.block)
-            total = mass[..., :video, :video].sum((-1, -2))
+            total = mass[..., :rows, :video].sum((-1, -2))
             recall = even.kept_mass.sum(-1) / total.clamp_min(1e-30)
             budget = head_levels(recall, self.sparsity)
         lowest = _outer_levels(self.sparsity)[1] if self.head_adaptive else self.sparsity
@@ -160,7 +160,7 @@ def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:
     Args:
         mass: Block mass ``[batch, heads, q_blocks, kv_blocks]``.
         tokens: Tokens in the sequence.
-        block: Tokens in a block.
+        block: Tokens in a query block.
     """
     rows = block_sizes(tokens, block, mass.device)
     return (mass.sum(-1) / rows).log().std(-1, unbiased=False)

@@ -16,7 +16,7 @@ from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
-from dit_sparse.mask import BlockMask, PackedMask
+from dit_sparse.mask import Block, BlockMask, PackedMask, block_sides
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 from dit_sparse.schedule import Phase, Step
 
@@ -89,6 +89,15 @@ class ModelIdentity:
             for key, value in self.config
             if here.get(key, value) != value
         ]
+
+
+def check_block(block: Block) -> None:
+    """Raises ValueError unless ``block`` is a size of blocks that kernels walk."""
+    sides = block if isinstance(block, tuple) else (block, block)
+    if len(sides) != 2 or any(side not in (64, 128) for side in sides):
+        raise ValueError(
+            f"block must be 64 or 128 tokens, or (queries, keys) of these, got {block!r}"
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -262,14 +271,14 @@ class Call:
             self.q, self.k, key_valid=self.key_valid, scale=self.scale, impl=self.impl
         )
 
-    def block_mass(self, lse: Tensor, block: int) -> Tensor:
+    def block_mass(self, lse: Tensor, block: Block) -> Tensor:
         """:func:`dit_sparse.kernels.ops.block_mass` on this call's tensors."""
         return ops.block_mass(
             self.q, self.k, lse, block, key_valid=self.key_valid, scale=self.scale, impl=self.impl
         )
 
     def top_blocks(
-        self, mass: Tensor, count: Tensor, block: int, most: int | None = None
+        self, mass: Tensor, count: Tensor, block: Block, most: int | None = None
     ) -> ops.TopBlocks:
         """:func:`dit_sparse.kernels.ops.top_blocks` among the blocks made of video alone.
 
@@ -279,15 +288,16 @@ class Call:
         Args:
             mass: Block mass ``[batch, heads, q_blocks, kv_blocks]`` fp32.
             count: Video key blocks that each video query block keeps, ``[batch, heads]`` int.
-            block: Tokens in a block.
+            block: Tokens in a block, or in a (query, key) block.
             most: Upper bound of ``count``, on the host; None where it is not known.
         """
+        rows, columns = block_sides(block)
         return ops.top_blocks(
             mass,
             count,
             block,
             (self.q.shape[1], self.k.shape[1]),
-            free=video_blocks(self.layout, block),
+            free=(video_blocks(self.layout, rows), video_blocks(self.layout, columns)),
             longest=None if self.layout.text else most,
             impl=self.impl,
         )
