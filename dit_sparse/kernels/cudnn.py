@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from dit_sparse.kernels.native_lse import cudnn_attention_with_lse
 from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
 
 # Above Triton's, which stays ahead for everything that has a mask.
@@ -40,7 +41,5 @@ class CudnnAttention(Impl):
     def __call__(self, call: AttentionCall) -> Attended:
         assert call.v is not None
         query, key, value = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, False, False, scale=call.scale
-        )[:2]
-        return Attended(out.transpose(1, 2), lse.view(query.shape[:3]))
+        out, lse = cudnn_attention_with_lse(query, key, value, call.scale)
+        return Attended(out.transpose(1, 2), lse)

@@ -29,13 +29,25 @@ def native_attention_with_lse(
     """
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     choice = torch._fused_sdp_choice(query, key, value, scale=scale)
-    if choice != SDPBackend.FLASH_ATTENTION.value or q.shape[-1] % 8:
+    if q.shape[-1] % 8 or q.device.type not in ("cpu", "cuda"):
         return None
-    if q.device.type == "cpu":
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    elif q.device.type == "cuda":
+    if choice == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = cudnn_attention_with_lse(query, key, value, scale)
+    elif choice == SDPBackend.FLASH_ATTENTION.value:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
+        if q.device.type == "cpu":
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(query, key, value, scale=scale)[:2]
     else:
         return None
-    out, lse = flash(query, key, value, scale=scale)[:2]
     return out.transpose(1, 2), lse
+
+
+def cudnn_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """cuDNN's dense attention on ``[batch, heads, tokens, dim]`` and its LSE, without the last."""
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, False, False, scale=scale
+    )[:2]
+    return out, lse.view(query.shape[:3])

@@ -457,8 +457,11 @@ def _reasons(call: AttentionCall) -> list[str]:
 
 def choose_path(call: AttentionCall) -> Path:
     """The kernel that the implementations below use."""
-    # At head dim 64 exponentials take as long as products, and its pipeline gains nothing.
-    if call.q.shape[-1] == 128 and not hopper_reasons(call):
+    # At head dim 64 exponentials take as long as products: its pipeline gains nothing there, unless
+    # two blocks share a tile or summaries are added.
+    narrow = call.q.shape[-1] == 64 and call.summary is None
+    plain = call.mask is None or call.mask.block == (128, 128)
+    if not (narrow and plain) and not hopper_reasons(call):
         return "hopper"
     return "tma" if PREFER_TMA and not tma_reasons(call) else "pointer"
 
