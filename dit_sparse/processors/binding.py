@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
+from dit_sparse.processors.caches import CacheCheck
 from dit_sparse.processors.checks import check_bindable, check_implementation
 from dit_sparse.processors.hooks import ForwardHooks, find_generation_hook
 from dit_sparse.processors.identity import identify
-from dit_sparse.processors.rewrap import rewrap, site_of
+from dit_sparse.processors.rewrap import rewrap, site_of, unwrap
 from dit_sparse.processors.run import Run
 from dit_sparse.processors.site import ForwardPass, Scope, Site
 
@@ -56,7 +58,7 @@ class Binding:
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
         self._timesteps: tuple[Any, tuple[float, ...]] | None = None
         self._numerics: tuple[int, torch.dtype, torch.device] | None = None
-        self._has_warned = False
+        self._told: set[str] = set()
         bound = [name for name, module in modules if site_of(module.processor) is not None]
         if bound:
             raise ValueError(
@@ -72,6 +74,7 @@ class Binding:
         for site, processor in zip(self.sites, processors, strict=True):
             _set_processor(site.module, processor)
         self.hooks = ForwardHooks(self)
+        self._caches = CacheCheck(model, [site.name for site in self.sites])
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied with the model; a copy learns its steps elsewhere.
@@ -86,17 +89,27 @@ class Binding:
         """Puts the original processor objects back and removes all hooks. Idempotent."""
         for site in self.sites:
             if site_of(site.module.processor) is site:
-                backend = getattr(site.module.processor, "_attention_backend", None)
-                if backend is not getattr(site.original, "_attention_backend", None):
-                    # set_attention_backend was called while we were here.
-                    site.original._attention_backend = backend
-                _set_processor(site.module, site.original)
+                _set_processor(site.module, unwrap(site.module.processor))
         self.hooks.remove()
         self.run.end_generation()
 
     def _attend_by_config(self, call: Call) -> Tensor:
         is_dense = call.layer in self.config.dense_layers
         return (Dense() if is_dense else self.config.method).attend(call)
+
+    def adopt(self) -> None:
+        """Wraps the processors that a feature of diffusers has put in the place of ours.
+
+        One that cannot be wrapped stays as it is, and :meth:`check_alive` tells of it.
+        """
+        for site in self.sites:
+            processor = site.module.processor
+            if site_of(processor) is site:
+                continue
+            with contextlib.suppress(NotImplementedError):
+                wrapped = rewrap(processor, site)
+                site.original = processor
+                _set_processor(site.module, wrapped)
 
     def is_active(self) -> bool:
         """Whether any site still holds our processor."""
@@ -122,43 +135,47 @@ class Binding:
             self._numerics = numerics
 
     def check_alive(self) -> None:
-        """Warns once, or raises if ``strict``, where sparse attention was lost since it was bound.
+        """Warns once, or raises if ``strict``, where something does not do what was asked.
 
-        Called after a forward pass, and at the end of a pipeline call for a compiled model.
+        That is sparse attention that was lost since it was bound, or a step cache beside it. Called
+        after a forward pass, and at the end of a pipeline call for a compiled model.
 
         Raises:
-            RuntimeError: If it was lost and the configuration is strict.
+            RuntimeError: If there is such a thing and the configuration is strict.
         """
+        message = self._loss() or self._caches.problem(self.run)
+        if message is None:
+            return
+        if self.config.strict:
+            raise RuntimeError(message)
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _loss(self) -> str | None:
         modules = self.family.sites(self.model)
         lost = [name for name, module in modules if not self._owns(module)]
         kind = type(self.model).__name__
         if lost:
-            message = (
+            return (
                 f"{len(lost)} of {len(modules)} self-attention layers of this {kind} "
                 f"({lost[0]}{', ...' if len(lost) > 1 else ''}) no longer have their sparse "
-                "processor: something replaced it, such as fuse_qkv_projections() of some models; "
-                "put sparse attention on again after that"
+                "processor: something replaced it; put sparse attention on again after that"
             )
-        elif self.run.is_idle:
+        if self.run.is_idle:
             # Step caches skip layers and whole steps, but never the first pass of a generation.
-            message = (
+            return (
                 f"no self-attention call of this {kind} reached sparse attention in a whole "
                 "forward pass: its blocks do not call their attention processors"
             )
-        elif self.run.lone_steps >= LONE_STEPS:
-            message = (
+        if self.run.lone_steps >= LONE_STEPS:
+            return (
                 f"the denoising step of this {kind} cannot be followed, so its attention stays "
                 f"dense: each of the last {LONE_STEPS} looked like the first of a generation "
                 "(timesteps that rise or stay the same); call the transformer inside "
                 "cache_context(name, step_index=..., num_inference_steps=...)"
             )
-        else:
-            return
-        if self.config.strict:
-            raise RuntimeError(message)
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(message, stacklevel=2)
+        return None
 
     def _owns(self, module: Any) -> bool:
         site = site_of(getattr(module, "processor", None))
