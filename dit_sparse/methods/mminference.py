@@ -86,6 +86,7 @@ class MMInference(Method):
     """
 
     name = "mminference"
+    splits_heads = True
 
     sparsity: float = 0.8
     search: tuple[int | float, ...] = (0.2, 0.6)
@@ -164,7 +165,7 @@ class MMInference(Method):
         table = PatternTable.load(self.table)
         modalities = len(modality_ranges(self.modalities, call.layout))
         table.check(call, modalities)
-        choices = table.choices[call.layer]
+        choices = [table.choices[call.layer][number] for number in call.heads.own]
         parts: Parts = {}
         for boundary in BOUNDARIES:
             heads = tuple(h for h, choice in enumerate(choices) if choice.boundary == boundary)
