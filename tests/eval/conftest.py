@@ -17,6 +17,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
+    return tiny_pipeline()
+
+
+def tiny_pipeline() -> Any:
     torch.manual_seed(0)
     pipeline = EmojiVideoPipeline(
         transformer=WanTransformer3DModel(
