@@ -15,13 +15,20 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
+from dit_sparse.processors.balance import HeadBalance
 from dit_sparse.processors.caches import CacheCheck
-from dit_sparse.processors.checks import check_bindable, check_implementation
+from dit_sparse.processors.checks import (
+    check_bindable,
+    check_implementation,
+    check_parallel,
+    needs_sparse_attention,
+)
 from dit_sparse.processors.hooks import ForwardHooks, find_generation_hook
 from dit_sparse.processors.identity import identify
 from dit_sparse.processors.rewrap import rewrap, site_of, unwrap
 from dit_sparse.processors.run import Run
 from dit_sparse.processors.site import ForwardPass, Scope, Site
+from dit_sparse.processors.ulysses import Ulysses
 
 # Generations of one step in a row after which something must be wrong.
 LONE_STEPS = 3
@@ -38,8 +45,8 @@ class Binding:
 
     Raises:
         ValueError: If the model has no adapter, is already bound, or a dense layer does not exist.
-        NotImplementedError: If a processor cannot be wrapped, the model runs context parallelism,
-            or a named kernel cannot compute its layers.
+        NotImplementedError: If a processor cannot be wrapped, the model splits its sequence over
+            devices in a way that cannot be followed, or a named kernel cannot compute its layers.
     """
 
     def __init__(
@@ -56,6 +63,10 @@ class Binding:
         self.run = Run()
         self.passing = ForwardPass(TokenLayout((1, 1, 1)))
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
+        self.balance = HeadBalance()
+        # The parallel configuration that the devices were read from.
+        self._parallel: Any = None
+        self._devices: Ulysses | None = None
         self._timesteps: tuple[Any, tuple[float, ...]] | None = None
         self._numerics: tuple[int, torch.dtype, torch.device] | None = None
         self._told: set[str] = set()
@@ -78,15 +89,27 @@ class Binding:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied with the model; a copy learns its steps elsewhere.
-        return {**vars(self), "_pipeline": None, "_owner": None}
+        nothing = dict.fromkeys(("_pipeline", "_owner", "_parallel", "_devices"))
+        return {**vars(self), **nothing}
 
     @property
     def owner(self) -> Any:
         """The SparseProcessor that made this, if it is still alive."""
         return self._owner() if self._owner is not None else None
 
-    def remove(self) -> None:
-        """Puts the original processor objects back and removes all hooks. Idempotent."""
+    def remove(self, replaced: bool = False) -> None:
+        """Puts the original processor objects back and removes all hooks. Idempotent.
+
+        Args:
+            replaced: Whether other sparse attention is put on at once.
+        """
+        if self.is_active() and not replaced and needs_sparse_attention(self.model, self.family):
+            warnings.warn(
+                f"the sequence of this {type(self.model).__name__} stays split over devices, by a "
+                "plan that only sparse attention follows: without it the output is wrong. Put "
+                'sparse attention on again, e.g. with the method "dense", or load the model anew',
+                stacklevel=3,
+            )
         for site in self.sites:
             if site_of(site.module.processor) is site:
                 _set_processor(site.module, unwrap(site.module.processor))
@@ -126,6 +149,18 @@ class Binding:
             values = self.family.noise_level(torch.as_tensor(timesteps).double()).tolist()
             self._timesteps = (timesteps, tuple(dict.fromkeys(values)))
         return self._timesteps[1]
+
+    def devices(self) -> Ulysses | None:
+        """The devices over which the model splits its sequence now, or None.
+
+        Raises:
+            NotImplementedError: If this cannot run there.
+        """
+        parallel = getattr(self.model, "_parallel_config", None)
+        if parallel is not self._parallel:
+            self._devices = check_parallel(self.model, self.family, self.config)
+            self._parallel = parallel
+        return self._devices
 
     def check_numerics(self, q: Tensor) -> None:
         """Refuses a named kernel for ``q`` at the first call, not where it would first be used."""

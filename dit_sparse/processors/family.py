@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from dit_sparse.layout import TokenLayout
 from dit_sparse.processors.refused import REFUSED
 
 Arguments = Mapping[str, Any]
+Split = Literal["", "whole", "text first", "text last"]
 
 
 class Family(abc.ABC):
@@ -29,6 +30,9 @@ class Family(abc.ABC):
         side_calls: Processor classes that make other attention calls beside self-attention (image
             prompts); those calls run as they are.
         always_trims: Whether the model itself cuts padding off before its attention call.
+        split: What context parallelism splits one by one: the ``"whole"`` sequence, or the text
+            in front (``"text first"``) or behind (``"text last"``) and the rest. Empty where no
+            plan for it is known.
     """
 
     models: ClassVar[tuple[str, ...]]
@@ -38,6 +42,7 @@ class Family(abc.ABC):
     timestep_name: ClassVar[str] = "timestep"
     side_calls: ClassVar[tuple[str, ...]] = ()
     always_trims: ClassVar[bool] = False
+    split: ClassVar[Split] = ""
 
     @abc.abstractmethod
     def sites(self, model: Any) -> list[tuple[str, Any]]:
@@ -75,6 +80,29 @@ class Family(abc.ABC):
     def site_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The tokens that the layer called ``name`` sees, where not all layers see the same."""
         return layout
+
+    def streams(self, numbers: Sequence[int], layout: TokenLayout) -> tuple[int, ...]:
+        """Lengths of the parts of the sequence that :attr:`split` names, in order.
+
+        Args:
+            numbers: From :meth:`encode`.
+            layout: What they mean.
+        """
+        return self._streams(numbers[3], layout)
+
+    def _streams(self, text_before: int, layout: TokenLayout) -> tuple[int, ...]:
+        if self.split == "text first":
+            return text_before, layout.tokens - text_before
+        if self.split == "text last":
+            return layout.video, layout.text
+        return (layout.tokens,)
+
+    def parallel_plan(self, model: Any) -> dict[str, Any] | None:
+        """Where to split and gather for context parallelism, if diffusers has no plan of its own.
+
+        See :func:`dit_sparse.processors.parallel_plan.context_parallel_plan`.
+        """
+        return None
 
     def unqueried(self, layout: TokenLayout, queries: int) -> tuple[int, int] | None:
         """Start and number of tokens that are keys only, in a call with ``queries`` queries.
@@ -136,6 +164,9 @@ class PackedFamily(Family):
         grid, before = self.grid(positions)
         after = positions.shape[0] - before - grid[0] * grid[1] * grid[2]
         return TokenLayout.around(grid, numbers[0] + before, after)
+
+    def streams(self, numbers: Sequence[int], layout: TokenLayout) -> tuple[int, ...]:
+        return self._streams(numbers[0], layout)
 
 
 def attention_modules(model: Any, stacks: Mapping[str, str]) -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dit_sparse.processors.family import Arguments, PackedFamily, attention_modules
+from dit_sparse.processors.family import Arguments, PackedFamily, Split, attention_modules
 from dit_sparse.processors.positions import image_grid
 
 
@@ -26,6 +26,7 @@ class Flux(PackedFamily):
         "OvisImageTransformer2DModel",
     )
     side_calls: ClassVar[tuple[str, ...]] = ("FluxIPAdapterAttnProcessor",)
+    split: ClassVar[Split] = "text first"
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(
@@ -47,4 +48,5 @@ class Chroma(Flux):
     """Its mask becomes a square product of token weights, which the pipelines add to the scores."""
 
     models = ("ChromaTransformer2DModel",)
+    split = ""
     outer_mask = True

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, PackedFamily, attention_modules
+from dit_sparse.processors.family import (
+    Arguments,
+    Family,
+    PackedFamily,
+    Split,
+    attention_modules,
+)
 from dit_sparse.processors.positions import leading_video_grid, trailing_video_grid
 
 
@@ -22,6 +28,7 @@ class LTX(PackedFamily):
 
     models = ("LTXVideoTransformer3DModel",)
     tokens = "conditioning frames, video"
+    split: ClassVar[Split] = "whole"
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn1"})
@@ -60,6 +67,8 @@ class LTX2(LTX):
     """``attn1`` sees [video, conditioning frames]; audio has attention of its own."""
 
     models = ("LTX2VideoTransformer3DModel",)
+    # The plan of diffusers 0.42 splits the video but not its angles for attention to the audio.
+    split = ""
     tokens = "video, conditioning frames"
 
     def positions(self, model: Any, arguments: Arguments) -> Tensor:

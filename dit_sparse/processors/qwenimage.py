@@ -19,6 +19,7 @@ class QwenImage(Family):
 
     models = ("QwenImageTransformer2DModel",)
     tokens = "text, image, references"
+    split = "text first"
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn"})

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call, Stopwatch
 from dit_sparse.processors.moment import UNNAMED, Moment
+from dit_sparse.processors.ulysses import Heads
 from dit_sparse.schedule import Phase, Step
 
 # Calls of one name at one timestep that are taken for branches of one step. More of them, as in a
@@ -38,6 +39,8 @@ class LayerLog:
     # asked for.
     sparse_calls: int = 0
     sparse_density: Tensor | None = None
+    # Heads of each device, where there are several.
+    owners: Heads = ()
 
 
 @dataclass(slots=True)
@@ -240,8 +243,15 @@ class Run:
             branch.step, branch.moment, branch.shape = step, now, shape or branch.shape
         return branch
 
-    def note(self, call: Call) -> None:
-        """Adds a finished call to the log."""
+    def note(self, call: Call, density: Tensor | None = None, owners: Heads = ()) -> None:
+        """Adds a finished call to the log.
+
+        Args:
+            call: The call.
+            density: Density of the layer's heads ``[batch | 1, heads]``, where there are several
+                devices, each with some of them.
+            owners: Which device has which.
+        """
         entry = self.log.setdefault((call.step.branch, call.layer), LayerLog())
         entry.phases[call.phase.value] += 1
         entry.last_phase = call.phase.value
@@ -254,7 +264,9 @@ class Run:
         self.sparse_steps.add(call.step.index)
         if call.head_density is not None:
             # A mask may be one for all heads.
-            density = call.head_density.mean(0).expand(call.q.shape[2])
+            own = call.head_density.mean(0).expand(call.q.shape[2])
+            density = own if density is None else density.mean(0)
+            entry.owners = owners
             entry.sparse_calls += 1
             previous = entry.sparse_density
             entry.sparse_density = density if previous is None else previous + density

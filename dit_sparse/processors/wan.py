@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules, patched_grid
+from dit_sparse.processors.family import (
+    Arguments,
+    Family,
+    Split,
+    attention_modules,
+    patched_grid,
+)
 
 
 class Wan(Family):
@@ -21,6 +27,7 @@ class Wan(Family):
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel",
     )
+    split: ClassVar[Split] = "whole"
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"blocks": "attn1"})
@@ -33,6 +40,7 @@ class WanVACE(Wan):
     """The control stack runs first, over the same grid."""
 
     models = ("WanVACETransformer3DModel",)
+    split = ""
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"vace_blocks": "attn1", "blocks": "attn1"})
