@@ -94,7 +94,7 @@ class AdaSpa(Method):
         return cls(sparsity=0.0, search=(0,))
 
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, "mask" in call.memory)
+        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -132,7 +132,7 @@ class AdaSpa(Method):
                     mass = call.block_mass(lse, self.block)
         if self.lse_cache:
             call.memory["lse"] = lse
-        call.memory["mask"] = self.select(call, mass)
+        call.memory["mask"], call.memory["found"] = self.select(call, mass), call.step.index
         stop()
 
     def select(self, call: Call, mass: Tensor) -> PackedMask:

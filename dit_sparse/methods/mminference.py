@@ -140,7 +140,7 @@ class MMInference(Method):
         }
 
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, "parts" in call.memory)
+        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -149,6 +149,7 @@ class MMInference(Method):
             parts = call.memory["parts"] = self.find(call)
             tokens = call.layout.tokens
             call.memory["density"] = parts_density(parts, call.q.shape[2], tokens)
+            call.memory["found"] = call.step.index
             stop()
         if phase is Phase.SEARCH:
             call.record(phase)

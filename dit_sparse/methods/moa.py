@@ -104,7 +104,7 @@ class MoA(Tiled):
         if self.plan is not None:
             return super().attend(call)
         self._check_budget(call)
-        phase = Schedule((self.warmup,)).phase(call.step, "losses" in call.memory)
+        phase = Schedule((self.warmup,)).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -115,7 +115,7 @@ class MoA(Tiled):
             stop = call.search_watch.start(call.q.device)
             losses = self.losses(moved, out if order is None else order.apply(out))
             losses = call.heads.all_heads(losses[None])[0]
-            call.memory["losses"] = losses
+            call.memory["losses"], call.memory["found"] = losses, call.step.index
             call.branch_shared.setdefault("losses", {})[call.layer] = losses
             call.branch_shared["cost"] = self._cost(call)
             stop()

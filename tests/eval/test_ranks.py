@@ -34,8 +34,10 @@ def compare(folder: Path, launcher: list[str]) -> subprocess.CompletedProcess[st
 
 
 def test_prompts_are_shared_and_the_first_process_reports(tmp_path: Path) -> None:
-    # What `accelerate launch` starts for several GPUs; for CPUs alone it would want MPI.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # --multi_gpu: for what it knows to be CPUs it would want MPI. Without a GPU gloo is taken.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    same = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [*launch, *same, "--main_process_port", "0"]
     several = compare(tmp_path / "several", launcher)
     assert several.returncode == 0, several.stderr
     one = compare(tmp_path / "one", [])

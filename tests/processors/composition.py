@@ -36,10 +36,10 @@ output of the conditional one, with or without sparse attention. Sparse attentio
 LTX-Video) are right.
 
 **Caches and sparse attention want the same time.** A cached step never reaches attention, and
-schedules go by denoising steps and not by calls: a search that was due in a cached step is made up
-for at the next call. Caches of attention outputs (TaylorSeer, pyramid attention broadcast) save
-exactly what sparse attention makes cheap. FasterCache alternates between two batch sizes, and masks
-are searched again after each change.
+schedules go by denoising steps and not by calls: a search or refresh that was due in a cached step
+is made up for at the next call. Caches of attention outputs (TaylorSeer, pyramid attention
+broadcast) save exactly what sparse attention makes cheap. FasterCache alternates between two batch
+sizes, and masks are searched again after each change.
 
 **Fused projections and image prompts** put other processors in the place of ours. They are wrapped
 at once, so sparse attention stays on. Processors that you set yourself, with `set_attn_processor`,
