@@ -32,6 +32,8 @@ from dit_sparse.processors.ulysses import Ulysses
 
 # Generations of one step in a row after which something must be wrong.
 LONE_STEPS = 3
+# Steps of a generation of which one or more should be sparse: one alone has to find its mask.
+LEAST_STEPS = 2
 
 
 class Binding:
@@ -210,7 +212,20 @@ class Binding:
                 "(timesteps that rise or stay the same); call the transformer inside "
                 "cache_context(name, step_index=..., num_inference_steps=...)"
             )
+        steps = self.run.stayed_dense
+        if steps >= LEAST_STEPS and self._is_meant_sparse():
+            return (
+                f"attention of this {kind} was dense in all {steps} steps of a generation: the "
+                f"warm-up of {self.config.method} may be longer than that; give it as a share of "
+                "the steps, or fewer of them"
+            )
         return None
+
+    def _is_meant_sparse(self) -> bool:
+        # An offline search that looks on decides for itself.
+        if self.attend != self._attend_by_config or isinstance(self.config.method, Dense):
+            return False
+        return len(set(self.config.dense_layers)) < len(self.sites)
 
     def _owns(self, module: Any) -> bool:
         site = site_of(getattr(module, "processor", None))

@@ -101,6 +101,13 @@ class Run:
         """Whether no generation is under way: none has begun, or the last one has ended."""
         return self._signature is None
 
+    @property
+    def stayed_dense(self) -> int:
+        """Steps of this generation if it has come to its last one and none was sparse, else 0."""
+        steps = [branch.step for branch in self.branches.values()]
+        is_last = any(step.total is not None and step.index >= step.total - 1 for step in steps)
+        return len(self.dense_steps) if is_last and not self.sparse_steps else 0
+
     def begin_forward(self, timestep: Tensor | None) -> None:
         """Notes that a forward pass of the model begins, with its timestep argument."""
         if self._is_inside_forward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import tiny_pipeline
+from tiny_emoji import tiny_pipeline
 
 from dit_sparse.cli import app
 from dit_sparse.eval import compare
