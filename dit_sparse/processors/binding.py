@@ -180,7 +180,7 @@ class Binding:
         Raises:
             RuntimeError: If there is such a thing and the configuration is strict.
         """
-        message = self._loss() or self._caches.problem(self.run)
+        message = self._loss() or self._caches.problem(self.run, self._devices is not None)
         if message is None:
             return
         if self.config.strict:

@@ -1,6 +1,6 @@
 """Step caches of diffusers that do not do what was asked, which nothing else would tell.
 
-Both cases below are the same without sparse attention. Here they would be taken for its doing.
+All cases below are the same without sparse attention. Here they would be taken for its doing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from diffusers.hooks.hooks import ModelHook, StateManager
 from torch import nn
 
 from dit_sparse.processors.run import Run
+
+# Caches that skip by how far the tokens at hand have moved, and not by the step alone.
+BY_TOKENS = ("FirstBlockCacheConfig", "SeaCacheConfig")
 
 
 def cache_hooks(model: nn.Module) -> list[ModelHook]:
@@ -40,11 +43,12 @@ class CacheCheck:
         self._config: Any = None
         self._hooks: list[ModelHook] = []
 
-    def problem(self, run: Run) -> str | None:
+    def problem(self, run: Run, is_split: bool) -> str | None:
         """What is wrong with the cache that is enabled now, or None.
 
         Args:
             run: The passes of the generation so far.
+            is_split: Whether the sequence is split over devices.
         """
         config = getattr(self.model, "_cache_config", None)
         if config is not self._config:
@@ -60,6 +64,13 @@ class CacheCheck:
             return (
                 f"{kind} is enabled on this {model} and caches nothing: its identifiers match no "
                 f"module. Disable it and enable it with cache_identifiers=[{names}]"
+            )
+        if is_split and kind in BY_TOKENS:
+            return (
+                f"{kind} decides on each device by that device's tokens whether to skip: where "
+                f"devices of this {model} decide differently, attention mixes up steps or waits "
+                "forever. Under context parallelism use a cache that goes by the step, e.g. "
+                "MagCacheConfig or TaylorSeerCacheConfig"
             )
         if len(run.branches) > 1 and not all(keeps_branches_apart(h) for h in self._hooks):
             passes = ", ".join(run.branches)

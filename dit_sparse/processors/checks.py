@@ -48,10 +48,10 @@ def check_parallel(model: Any, family: Family, config: SparseConfig) -> Ulysses 
     devices = ulysses_of(model)
     if devices is None:
         return None
-    if not family.split:
+    if family.split_of(model) is None:
         raise NotImplementedError(
             f"sparse attention does not know how context parallelism splits the sequence of "
-            f"{type(model).__name__}; models of which it does are {sorted(_split_models())}"
+            f"{type(model).__name__}; models of which it does are {split_models()}"
         )
     if not config.method.splits_heads:
         splitting = sorted(name for name, kind in list_methods().items() if kind.splits_heads)
@@ -66,11 +66,13 @@ def needs_sparse_attention(model: Any, family: Family) -> bool:
     """Whether ``model`` splits its sequence over devices as its own processors cannot."""
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     has_plan = getattr(type(model), "_cp_plan", None) is not None
-    return config is not None and not has_plan and family.parallel_plan(model) is not None
+    return config is not None and not has_plan and family.split_of(model) is not None
 
 
-def _split_models() -> list[str]:
-    return [model for model, family in list_families().items() if family.split]
+def split_models() -> list[str]:
+    """Transformer classes that can split their sequence over devices under sparse attention."""
+    families = list_families().items()
+    return sorted(model for model, family in families if model in family.splits)
 
 
 def layer_numerics(model: Any, module: Any) -> tuple[int, torch.dtype, torch.device] | None:

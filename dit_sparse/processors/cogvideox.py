@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules
+from dit_sparse.processors.family import Arguments, Family, Split, attention_modules
 
 
 class CogVideoX(Family):
@@ -20,7 +21,7 @@ class CogVideoX(Family):
 
     models = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
     tokens = "text, video"
-    split = "text first"
+    splits: ClassVar[Mapping[str, Split]] = {"CogVideoXTransformer3DModel": "text first"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,7 +27,7 @@ class Flux(PackedFamily):
         "OvisImageTransformer2DModel",
     )
     side_calls: ClassVar[tuple[str, ...]] = ("FluxIPAdapterAttnProcessor",)
-    split: ClassVar[Split] = "text first"
+    splits: ClassVar[Mapping[str, Split]] = {"FluxTransformer2DModel": "text first"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(
@@ -48,5 +49,4 @@ class Chroma(Flux):
     """Its mask becomes a square product of token weights, which the pipelines add to the scores."""
 
     models = ("ChromaTransformer2DModel",)
-    split = ""
     outer_mask = True

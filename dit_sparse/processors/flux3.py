@@ -20,7 +20,6 @@ class Flux3(Flux):
     """
 
     models = ("Flux3Transformer2DModel",)
-    split = ""
     tokens = "image blocks: image; single-stream blocks: text, image, references"
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:

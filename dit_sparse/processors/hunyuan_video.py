@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules, patched_grid
+from dit_sparse.processors.family import Arguments, Family, Split, attention_modules, patched_grid
 
 
 class HunyuanVideo(Family):
@@ -20,7 +21,7 @@ class HunyuanVideo(Family):
 
     models = ("HunyuanVideoTransformer3DModel",)
     tokens = "video, text"
-    split = "text last"
+    splits: ClassVar[Mapping[str, Split]] = {"HunyuanVideoTransformer3DModel": "text last"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(

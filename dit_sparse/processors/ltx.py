@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,7 +28,9 @@ class LTX(PackedFamily):
 
     models = ("LTXVideoTransformer3DModel",)
     tokens = "conditioning frames, video"
-    split: ClassVar[Split] = "whole"
+    # Not LTX-2: the plan of diffusers 0.42 splits its video but not the angles for attention to the
+    # audio.
+    splits: ClassVar[Mapping[str, Split]] = {"LTXVideoTransformer3DModel": "whole"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn1"})
@@ -67,8 +69,6 @@ class LTX2(LTX):
     """``attn1`` sees [video, conditioning frames]; audio has attention of its own."""
 
     models = ("LTX2VideoTransformer3DModel",)
-    # The plan of diffusers 0.42 splits the video but not its angles for attention to the audio.
-    split = ""
     tokens = "video, conditioning frames"
 
     def positions(self, model: Any, arguments: Arguments) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 from diffusers.utils.torch_utils import unwrap_module
 
 from dit_sparse.processors.binding import binding_of
-from dit_sparse.processors.family import family_of, list_families
+from dit_sparse.processors.checks import split_models
+from dit_sparse.processors.family import family_of
 
 
 def context_parallel_plan(model: Any) -> dict[str, Any] | None:
@@ -30,14 +31,15 @@ def context_parallel_plan(model: Any) -> dict[str, Any] | None:
     """
     model = unwrap_module(model)
     family = family_of(model)
-    if getattr(type(model), "_cp_plan", None) is not None and family.split:
-        return None
-    plan = family.parallel_plan(model)
+    plan = None
+    if family.split_of(model) is not None:
+        if getattr(type(model), "_cp_plan", None) is not None:
+            return None
+        plan = family.parallel_plan(model)
     if plan is None:
-        known = sorted(name for name, other in list_families().items() if other.split)
         raise ValueError(
             f"there is no context-parallel plan for this {type(model).__name__}; sparse attention "
-            f"follows {known} over devices"
+            f"follows {split_models()} over devices"
         )
     if binding_of(model) is None:
         raise ValueError(

@@ -72,7 +72,7 @@ class Site:
         layout = family.site_layout(self.name, binding.passing.layout)
         split, here = None, layout.tokens
         if devices is not None:
-            split = TokenSplit(family.streams(numbers, layout), devices.size)
+            split = TokenSplit(family.streams(binding.model, numbers, layout), devices.size)
             here = split.tokens[devices.rank]
         missing = None
         if q.shape[1] != here or k.shape[1] != here:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dit_sparse.layout import TokenLayout
@@ -27,7 +28,10 @@ class Wan(Family):
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel",
     )
-    split: ClassVar[Split] = "whole"
+    splits: ClassVar[Mapping[str, Split]] = {
+        "WanTransformer3DModel": "whole",
+        "ChronoEditTransformer3DModel": "whole",
+    }
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"blocks": "attn1"})
@@ -40,7 +44,6 @@ class WanVACE(Wan):
     """The control stack runs first, over the same grid."""
 
     models = ("WanVACETransformer3DModel",)
-    split = ""
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"vace_blocks": "attn1", "blocks": "attn1"})

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from features import FAMILIES
 from tiny_models import Draw, tiny_models
@@ -35,6 +36,7 @@ METHOD = AdaSpa(sparsity=0.5, search=(1,))
 TIMES = (900.0, 700.0, 500.0)
 TINY = {tiny.name: tiny for tiny in tiny_models()}
 HAS_ANYTHING = "ulysses_anything" in {field.name for field in fields(ContextParallelConfig)}
+ANYTHING = {"ulysses_anything": True} if HAS_ANYTHING else {}
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:
@@ -181,6 +183,11 @@ def wan_uneven() -> None:
 
 
 @check
+def chrono_edit() -> None:
+    follows(Case("ChronoEditTransformer3DModel", (4, 6, 8), config=FOUR))
+
+
+@check
 def ltx() -> None:
     # With a padding mask diffusers 0.42 itself fails here, in cross-attention.
     without = ("encoder_attention_mask",)
@@ -321,6 +328,48 @@ def a_pipeline() -> None:
     together = [tiny.run(pipe), tiny.run(pipe, size=1, seed=1)]
     assert apart(together, alone) < 1e-5
     assert {layer["branch"] for layer in sparse.report().layers} == {"cond", "uncond"}
+
+
+@check
+def pipelines_of_models_with_our_plans() -> None:
+    for family in ("CogVideoX", "HunyuanVideo"):
+        tiny = FAMILIES[family]
+        pipe = tiny.build()
+        with enable_sparse_attention(pipe, METHOD):
+            alone = tiny.run(pipe)
+        pipe = tiny.build()
+        enable_sparse_attention(pipe, SparseConfig(METHOD, strict=True))
+        pipe.transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=2, **ANYTHING),
+            cp_plan=context_parallel_plan(pipe.transformer),
+        )
+        assert apart([tiny.run(pipe)], [alone]) < 1e-5, family
+
+
+@check
+def step_caches() -> None:
+    tiny = FAMILIES["Wan"]
+    by_step = MagCacheConfig(
+        threshold=10.0, max_skip_steps=1, num_inference_steps=6, mag_ratios=[1.0] * 6
+    )
+    pipe = tiny.build()
+    pipe.transformer.enable_cache(by_step)
+    with enable_sparse_attention(pipe, METHOD) as sparse:
+        alone = tiny.run(pipe, steps=6)
+        assert sparse.report().layers[0]["phases"] == {"search": 1, "sparse": 2}
+
+    def split(cache: Any) -> Any:
+        pipe = tiny.build()
+        enable_sparse_attention(pipe, SparseConfig(METHOD, strict=True))
+        # The other way round upstream takes the whole sequence in and a part of it out.
+        pipe.transformer.enable_cache(cache)
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        return pipe
+
+    assert apart([tiny.run(split(by_step), steps=6)], [alone]) < 1e-5
+    pipe = split(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(RuntimeError, match=r"FirstBlockCacheConfig decides on each device"):
+        tiny.run(pipe)
 
 
 @check

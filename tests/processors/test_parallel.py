@@ -18,10 +18,12 @@ from tiny_models import tiny_models
 from dit_sparse import context_parallel_plan, enable_sparse_attention
 from dit_sparse.layout import TokenLayout
 from dit_sparse.processors.balance import busiest, by_cost, in_order
-from dit_sparse.processors.family import list_families
+from dit_sparse.processors.checks import split_models
+from dit_sparse.processors.family import family_of
 from dit_sparse.processors.ulysses import TokenSplit, even_parts, model_order
 
 HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
 # With four processes one model of one stream and one of two, of which no length is divisible.
 ON_FOUR = ("wan", "flux_uneven")
 TINY = {tiny.name: tiny for tiny in tiny_models()}
@@ -112,17 +114,38 @@ def test_heads_by_cost() -> None:
 
 
 def test_streams() -> None:
-    families = list_families()
+    def streams(name: str, numbers: list[int], layout: TokenLayout) -> tuple[int, ...]:
+        model = TINY[name].build()
+        return family_of(model).streams(model, numbers, layout)
+
     around = TokenLayout.around((2, 3, 4), 5, 6)
     numbers = [2, 3, 4, 5, 6]
-    assert families["WanTransformer3DModel"].streams(numbers, around) == (35,)
-    assert families["QwenImageTransformer2DModel"].streams(numbers, around) == (5, 30)
-    assert families["FluxTransformer2DModel"].streams([5], around) == (5, 30)
+    assert streams("WanTransformer3DModel", numbers, around) == (35,)
+    assert streams("QwenImageTransformer2DModel", numbers, around) == (5, 30)
+    assert streams("FluxTransformer2DModel", [5], around) == (5, 30)
     last = TokenLayout((2, 3, 4), 6)
-    assert families["HunyuanVideoTransformer3DModel"].streams([2, 3, 4, 0, 6], last) == (24, 6)
-    # What is derived from these does not inherit how they are split.
-    for name in ("ChromaTransformer2DModel", "LTX2VideoTransformer3DModel"):
-        assert families[name].split == ""
+    assert streams("HunyuanVideoTransformer3DModel", [2, 3, 4, 0, 6], last) == (24, 6)
+
+
+def test_models_that_are_split_are_those_with_checks() -> None:
+    """Adapters are derived from others; plans are not."""
+    checked = {
+        "WanTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "QwenImageTransformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "CogVideoXTransformer3DModel",
+    }
+    assert set(split_models()) == checked
+    plans = (DOCS / "parallel.md").read_text()
+    assert all(f"`{name}`" in plans for name in checked)
+    for name, tiny in TINY.items():
+        if tiny.model not in checked:
+            model = tiny.build()
+            assert family_of(model).split_of(model) is None, name
 
 
 def test_plans() -> None:
@@ -134,6 +157,10 @@ def test_plans() -> None:
         with enable_sparse_attention(model, "dense"):
             assert "proj_out" in context_parallel_plan(model)
             assert "proj_out" in context_parallel_plan(torch.compile(model))
-    for name in ("MochiTransformer3DModel", "HunyuanVideoTransformer3DModel-token-replace"):
+    for name in (
+        "MochiTransformer3DModel",
+        "HunyuanImageTransformer2DModel",
+        "HunyuanVideoTransformer3DModel-token-replace",
+    ):
         with pytest.raises(ValueError, match=r"no context-parallel plan for this .*'WanTransf"):
             context_parallel_plan(TINY[name].build())
