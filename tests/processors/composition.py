@@ -41,6 +41,8 @@ is made up for at the next call. Caches of attention outputs (TaylorSeer, pyrami
 broadcast) save exactly what sparse attention makes cheap. FasterCache alternates between two batch
 sizes, and masks are searched again after each change.
 
+**Text KV cache** (`TextKVCacheConfig`, for NucleusMoE-Image alone) works in both orders too.
+
 **Fused projections and image prompts** put other processors in the place of ours. They are wrapped
 at once, so sparse attention stays on. Processors that you set yourself, with `set_attn_processor`,
 take it off.

@@ -11,8 +11,10 @@ import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from features import FAMILIES
+from tiny_models import Draw, tiny_models
 
-from dit_sparse import enable_sparse_attention
+from dit_sparse import AdaSpa, Method, SparseConfig, enable_sparse_attention
+from dit_sparse.methods.dense import FullMask
 from dit_sparse.processors.caches import cache_hooks
 
 hooks = pytest.importorskip("diffusers.hooks")
@@ -105,3 +107,42 @@ def test_what_is_right_is_silent() -> None:
         with enable_sparse_attention(pipe, "dense", strict=True):
             pipe.transformer.enable_cache(hooks.TaylorSeerCacheConfig())
             tiny.run(pipe)
+
+
+@pytest.mark.skipif(not hasattr(hooks, "TextKVCacheConfig"), reason="diffusers without it")
+@pytest.mark.parametrize("first", ["cache", "sparse"])
+def test_keys_and_values_of_the_text_that_are_kept(first: str) -> None:
+    """TextKVCache is for one model alone, so it is not in the table."""
+    tiny = next(t for t in tiny_models() if t.model == "NucleusMoEImageTransformer2DModel")
+    inputs = tiny.inputs(Draw(), (1, 12, 16), 2)
+    projected: list[int] = []
+
+    def run(model: Any) -> list[torch.Tensor]:
+        projected.clear()
+        for block in model.transformer_blocks:
+            block.attn.add_k_proj.register_forward_hook(lambda *_: projected.append(1))
+        outs = []
+        for t in (0.9, 0.7, 0.5):
+            inputs["timestep"] = torch.full_like(inputs["timestep"], t)
+            with model.cache_context("cond"):
+                outs.append(model(**inputs, return_dict=False)[0])
+        return outs
+
+    def build(method: Method | None, cached: bool) -> Any:
+        model = tiny.build()
+        if cached and first == "cache":
+            model.enable_cache(hooks.TextKVCacheConfig())
+        if method is not None:
+            enable_sparse_attention(model, SparseConfig(method, strict=True))
+        if cached and first == "sparse":
+            model.enable_cache(hooks.TextKVCacheConfig())
+        return model
+
+    plain = run(build(None, False))
+    assert len(projected) == 3 * tiny.sites
+    sparse = run(build(AdaSpa(0.5, (1,)), False))
+    assert (torch.stack(sparse) - torch.stack(plain)).abs().max() > 1e-4
+    for method, wanted in ((FullMask(), plain), (AdaSpa(0.5, (1,)), sparse)):
+        outs = run(build(method, True))
+        assert len(projected) == tiny.sites
+        assert (torch.stack(outs) - torch.stack(wanted)).abs().max() < 1e-5
