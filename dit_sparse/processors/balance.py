@@ -18,7 +18,16 @@ WORTH = 0.02
 
 
 def in_order(heads: int, size: int) -> Heads:
-    """Heads dealt out in the model's order, as evenly as they can be."""
+    """Heads dealt out in the model's order, as evenly as they can be.
+
+    Raises:
+        ValueError: If a device would get none.
+    """
+    if heads < size:
+        raise ValueError(
+            f"expected a head or more for each device, got {heads} heads for {size} devices; use "
+            f"an ulysses_degree of {heads} or less"
+        )
     parts = even_parts(heads, size)
     return tuple(tuple(range(sum(parts[:i]), sum(parts[: i + 1]))) for i in range(size))
 

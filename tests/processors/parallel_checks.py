@@ -387,6 +387,19 @@ def what_needs_all_heads_is_refused() -> None:
 
 
 @check
+def fewer_heads_than_devices_are_refused() -> None:
+    """On all devices, before any of them waits for another."""
+    if HAS_ANYTHING:
+        one = {"num_attention_heads": 1}
+        case = Case("WanTransformer3DModel", (4, 6, 8), config=one, anything=True)
+        model = case.build()
+        enable_sparse_attention(model, METHOD)
+        case.split(model)
+        with pytest.raises(ValueError, match="got 1 heads for 2 devices"):
+            case.run(model)
+
+
+@check
 def a_model_that_cannot_do_without() -> None:
     case = Case("CogVideoXTransformer3DModel", (4, 6, 8), config=FOUR)
     model = case.build()

@@ -98,6 +98,8 @@ def test_one_stream_is_in_order() -> None:
 
 def test_heads_by_cost() -> None:
     assert in_order(5, 2) == ((0, 1, 2), (3, 4))
+    with pytest.raises(ValueError, match=r"got 3 heads for 4 devices; use an ulysses_degree of 3"):
+        in_order(3, 4)
     assert by_cost([9, 9, 1, 1], 2) == ((0, 2), (1, 3))
     # Nothing to gain, or next to nothing.
     assert by_cost([1, 1, 1, 1], 2) == ((0, 1), (2, 3))
