@@ -11,6 +11,7 @@ _EXPORTS = {
     "SparseProcessor": "processors.processor",
     "enable_sparse_attention": "processors.processor",
     "disable_sparse_attention": "processors.processor",
+    "context_parallel_plan": "processors.parallel_plan",
     "SparseConfig": "config",
     "Method": "methods.base",
     "AdaSpa": "methods.adaspa",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dit_sparse.methods.base import Method as Method
     from dit_sparse.methods.mminference import MMInference as MMInference
     from dit_sparse.processors.family import list_families as list_families
+    from dit_sparse.processors.parallel_plan import context_parallel_plan as context_parallel_plan
     from dit_sparse.processors.processor import SparseProcessor as SparseProcessor
     from dit_sparse.processors.processor import disable_sparse_attention as disable_sparse_attention
     from dit_sparse.processors.processor import enable_sparse_attention as enable_sparse_attention

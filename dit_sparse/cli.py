@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,8 @@ DEFAULT_METHODS = "dense,noise-floor,adaspa:sparsity=0.6,adaspa:sparsity=0.8"
 COMPARE_HELP = """Generate the same clip dense and sparse; report quality, density and time.
 
 Every arm starts from the same noise. Writes report.json, report.html (one self-contained page)
-and the videos to --output.
+and the videos to --output. With several GPUs,
+`accelerate launch --num_processes 4 -m dit_sparse compare ...` shares the prompts among them.
 
 \b
 METHODS are comma-separated entries:
@@ -42,7 +44,7 @@ With --at-density their density settings are only a start, and the entry is show
 report.json:
   schema_version, created, command, model
   machine{cpu, threads, gpu, driver, cuda, torch, diffusers, triton,
-          dit_sparse, python}
+          dit_sparse, python, processes}
   settings{steps, seed, height, width, frames, guidance_scale, dtype, device,
            fps, difference_gain}
   runs[]  one per prompt and arm, dense first:
@@ -142,6 +144,7 @@ def compare(
 
     from dit_sparse.eval.arms import parse_arms
     from dit_sparse.eval.compare import Request
+    from dit_sparse.eval.ranks import Ranks
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -164,15 +167,20 @@ def compare(
         ).resolved()
     except ValueError as error:
         raise _fail(error) from error
-    messages = Console(stderr=True)
     pipe = None
     try:
+        ranks = Ranks.started(request.device)
+        messages = Console(stderr=True, quiet=ranks.index > 0)
         if at_density is not None:
-            request, pipe = _turn_to_density(request, at_density, messages)
+            if ranks.index == 0:
+                request, pipe = _turn_to_density(request, at_density, messages)
+            request = replace(request, arms=ranks.from_first(request.arms))
         result = _run_with_progress(request, messages, pipe)
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
         raise _fail(error) from error
+    if ranks.index > 0:
+        return
     if json_:
         # Not through Rich, which would wrap long lines.
         sys.stdout.write(result.to_json() + "\n")

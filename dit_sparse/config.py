@@ -26,8 +26,9 @@ class SparseConfig:
             bit for bit upstream, but scaled_dot_product_attention is slow with a mask and many
             backends refuse one. ``"trim"`` cuts the padding off and passes no mask: equal up to
             rounding, and the whole choice of fast backends.
-        strict: Whether a loss of sparsity that nobody asked for, such as another call replacing the
-            processors, raises RuntimeError instead of warning once.
+        strict: Whether to raise RuntimeError instead of warning once where something is not as
+            asked: a loss of sparsity that nobody asked for, such as another call replacing the
+            processors, or a step cache that caches nothing or mixes passes up.
 
     Raises:
         ValueError: On an unknown ``impl`` or ``dense_padding``, a layer index that is not an

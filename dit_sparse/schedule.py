@@ -82,23 +82,26 @@ class Schedule:
         # In very short runs several shares meet in one step.
         return tuple(sorted({max(count - 1, 0) for count in counts}))
 
-    def phase(self, step: Step, has_mask: bool) -> Phase:
+    def phase(self, step: Step, found: int | None) -> Phase:
         """What to do at ``step``.
+
+        A step cache may skip the call that would have searched, and image-to-video runs may start
+        in the middle: a search or refresh that was missed is made up for at the next call.
 
         Args:
             step: Where the generation stands.
-            has_mask: Whether this layer and branch hold a mask from this generation. Without one a
-                sparse step becomes a search: a step cache may have skipped the call that would
-                have searched, and image-to-video runs may start in the middle.
+            found: Index of the step in which this layer and branch last found a mask in this
+                generation, or None.
         """
         if step.total is None and isinstance(self.search[0], float):
-            return self._phase_by_noise(step, has_mask)
+            return self._phase_by_noise(step, found is not None)
         searches = self.steps(step.total or 0)
         if step.index < searches[0]:
             return Phase.DENSE
-        if not has_mask or step.index == searches[0]:
+        if found is None:
             return Phase.SEARCH
-        return Phase.REFRESH if step.index in searches[1:] else Phase.SPARSE
+        due = max(search for search in searches if search <= step.index)
+        return Phase.REFRESH if found < due else Phase.SPARSE
 
     def _phase_by_noise(self, step: Step, has_mask: bool) -> Phase:
         # Nobody told the number of steps, so shares are read on the noise scale instead. Only the
@@ -164,11 +167,11 @@ class Cadence:
 def phases(schedule: Schedule, total: int) -> Sequence[Phase]:
     """The phases of a whole run of ``total`` steps in which no call is skipped."""
     result: list[Phase] = []
-    has_mask = False
+    found = None
     for index in range(total):
         step = Step(index, total, index / total, "cond", 0)
-        result.append(schedule.phase(step, has_mask))
-        has_mask = has_mask or result[-1] is not Phase.DENSE
+        result.append(schedule.phase(step, found))
+        found = index if result[-1] in (Phase.SEARCH, Phase.REFRESH) else found
     return result
 
 

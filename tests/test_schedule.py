@@ -70,27 +70,48 @@ def test_no_step_is_sparse_before_a_search(shares: list[float], total: int) -> N
 def test_missing_mask_becomes_a_search() -> None:
     schedule = Schedule((10, 30))
     for index in (9, 10, 25, 29, 49):
-        assert schedule.phase(at(index, 50), has_mask=False) is SEARCH
+        assert schedule.phase(at(index, 50), None) is SEARCH
     # Never before the warm-up is over.
-    assert schedule.phase(at(8, 50), has_mask=False) is DENSE
-    assert schedule.phase(at(10, 50), has_mask=True) is SPARSE
-    assert schedule.phase(at(29, 50), has_mask=True) is REFRESH
+    assert schedule.phase(at(8, 50), None) is DENSE
+    assert schedule.phase(at(10, 50), 9) is SPARSE
+    assert schedule.phase(at(29, 50), 9) is REFRESH
+
+
+def test_a_skipped_refresh_is_made_up_for_at_the_next_call() -> None:
+    schedule = Schedule((10, 30, 40))
+    for index in (29, 30, 38):
+        assert schedule.phase(at(index, 50), found=28) is REFRESH
+        assert schedule.phase(at(38, 50), found=index) is SPARSE
+    # Two that were skipped are made up for by one.
+    assert schedule.phase(at(45, 50), found=9) is REFRESH
+    assert schedule.phase(at(46, 50), found=45) is SPARSE
+    # The first one late: what was due before is done with it.
+    assert schedule.phase(at(33, 50), found=None) is SEARCH
+    assert schedule.phase(at(34, 50), found=33) is SPARSE
 
 
 def test_unknown_total_with_shares_goes_by_progress() -> None:
     schedule = Schedule((0.2, 0.6))
-    assert schedule.phase(at(12, None, 0.19), False) is DENSE
-    assert schedule.phase(at(3, None, 0.2), False) is SEARCH
-    assert schedule.phase(at(4, None, 0.25), True) is SPARSE
+    assert schedule.phase(at(12, None, 0.19), None) is DENSE
+    assert schedule.phase(at(3, None, 0.2), None) is SEARCH
+    assert schedule.phase(at(4, None, 0.25), 3) is SPARSE
     # A refresh cannot be placed without the number of steps.
-    assert schedule.phase(at(30, None, 0.6), True) is SPARSE
-    assert schedule.phase(at(30, None, 0.6), False) is SEARCH
+    assert schedule.phase(at(30, None, 0.6), 3) is SPARSE
+    assert schedule.phase(at(30, None, 0.6), None) is SEARCH
 
 
 def test_unknown_total_with_counts_goes_by_index() -> None:
     schedule = Schedule((2, 5))
-    found = [schedule.phase(at(n, None, 1.0), n > 1) for n in range(7)]
-    assert found == [DENSE, SEARCH, SPARSE, SPARSE, REFRESH, SPARSE, SPARSE]
+    last = [None, None, 1, 1, 1, 4, 4]
+    assert [schedule.phase(at(n, None, 1.0), found) for n, found in enumerate(last)] == [
+        DENSE,
+        SEARCH,
+        SPARSE,
+        SPARSE,
+        REFRESH,
+        SPARSE,
+        SPARSE,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dit_sparse import SparseConfig, enable_sparse_attention
 from dit_sparse.methods.base import Call, Method
+from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.estimates import video_mass
 from dit_sparse.methods.seerattention import KEY, QUERY, gate_features, gate_logits, identity_gate
 from dit_sparse.schedule import Phase
@@ -60,12 +61,10 @@ def recorder(block: int, tile: tuple[int, int, int] | None, examples: list[Examp
 
     # Inside the function, because every method class that exists is offered to users.
     @dataclass(frozen=True, eq=False)
-    class Recorder(Method):
+    class Recorder(Dense):
         name = "seer-recorder"
-
-        @classmethod
-        def exact(cls) -> Method:
-            return cls()
+        # An example is of all heads of a layer.
+        splits_heads = False
 
         def attend(self, call: Call) -> Tensor:
             call.record(Phase.DENSE)

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from dit_sparse.eval.arms import Arm
 from dit_sparse.eval.metrics import SSIM_WINDOW, Quality, compare_clips
+from dit_sparse.eval.ranks import Ranks
 from dit_sparse.eval.video import DIFFERENCE_GAIN, side_by_side, write_mp4
 
 SCHEMA_VERSION = 1
@@ -374,6 +376,8 @@ def run_comparison(
 ) -> Comparison:
     """Runs every arm on every prompt; files are written as soon as each arm is done.
 
+    Under ``accelerate launch`` the processes share the prompts; the first one writes the report.
+
     Args:
         request: What to compare.
         pipe: A loaded pipeline instead of `request.model`.
@@ -382,7 +386,8 @@ def run_comparison(
         on_stage: Called with a line of text before each untimed stage.
 
     Returns:
-        The results; report.json, report.html and the videos are in `request.output`.
+        The results, those of other processes included; report.json, report.html and the videos are
+        in `request.output`.
 
     Raises:
         ValueError: On a request that cannot work, before anything is generated.
@@ -390,14 +395,19 @@ def run_comparison(
     from dit_sparse.eval.html import write_html
 
     stage = on_stage or (lambda text: None)
-    engine = prepare(request, pipe=pipe, enable=enable, on_step=on_step, on_stage=on_stage)
-    request = engine.request
+    device = request.resolved().device
+    ranks = Ranks.started(device)
+    placed = replace(request, device=ranks.place(device))
+    engine = prepare(placed, pipe=pipe, enable=enable, on_step=on_step, on_stage=on_stage)
+    request = replace(engine.request, device=device)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    result = Comparison(request, machine_info(request.device), created)
-    for arm in request.arms:
+    machine = machine_info(engine.request.device) | {"processes": ranks.count}
+    result = Comparison(request, machine, created)
+    prompts = ranks.own(request.prompts)
+    for arm in request.arms if prompts else ():
         stage(f"warming up {arm.label}")
         engine.warm_up(arm)
-    for index, prompt in enumerate(request.prompts):
+    for index, prompt in prompts:
         reference: NDArray | None = None
         dense_s = 0.0
         for arm in request.arms:
@@ -408,10 +418,18 @@ def run_comparison(
             result.request = replace(
                 request, frames=len(frames), height=frames.shape[1], width=frames.shape[2]
             )
-            # After each arm, so that an interrupted comparison keeps what it has measured.
-            result.json_path.write_text(result.to_json() + "\n", encoding="utf-8")
-    stage("writing report.html")
-    write_html(result.html_path, json.loads(result.to_json()))
+            if ranks.index == 0:
+                # After each arm, so that an interrupted comparison keeps what it has measured.
+                result.json_path.write_text(result.to_json() + "\n", encoding="utf-8")
+    if ranks.count > 1:
+        stage("waiting for the other processes")
+        # Sorting keeps the order of the arms of one prompt.
+        runs = ranks.gather(result.runs)
+        result.runs = sorted(runs, key=lambda run: request.prompts.index(run.prompt))
+    if ranks.index == 0:
+        stage("writing report.html")
+        result.json_path.write_text(result.to_json() + "\n", encoding="utf-8")
+        write_html(result.html_path, json.loads(result.to_json()))
     return result
 
 
@@ -454,13 +472,16 @@ class Engine:
     def warm_up(self, arm: Arm) -> None:
         """Runs a few untimed steps; the reference decodes too, once for all arms."""
         steps = DENSE_WARMUP_STEPS if arm.is_dense else SPARSE_WARMUP_STEPS
-        handle = self.enable(self.pipe, arm.config)
+        # So few steps may all be dense by the arm's schedule, which is no loss here.
+        handle = self.enable(self.pipe, replace(arm.config, strict=False))
         try:
-            self._call(
-                self.request.prompts[0],
-                min(steps, self.steps),
-                output_type="np" if arm.is_dense else "latent",
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="attention of this .* was dense in all")
+                self._call(
+                    self.request.prompts[0],
+                    min(steps, self.steps),
+                    output_type="np" if arm.is_dense else "latent",
+                )
         finally:
             handle.remove()
 

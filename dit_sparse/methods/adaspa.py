@@ -60,6 +60,7 @@ class AdaSpa(Method):
     """
 
     name = "adaspa"
+    splits_heads = True
 
     sparsity: float = 0.8
     search: tuple[int | float, ...] = (0.2, 0.6)
@@ -93,7 +94,7 @@ class AdaSpa(Method):
         return cls(sparsity=0.0, search=(0,))
 
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, "mask" in call.memory)
+        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -124,12 +125,14 @@ class AdaSpa(Method):
             drift = row_mass_drift(mass, call.layout.tokens, block_sides(self.block)[0])
             call.memory["drift"] = drift
             # The one read-back, only where the user asked for the guard, once per refresh.
-            if self.staleness is not None and bool((drift > self.staleness).any()):
-                lse = call.row_lse()
-                mass = call.block_mass(lse, self.block)
+            if self.staleness is not None:
+                worst = call.heads.all_heads(drift).max()
+                if bool(worst > self.staleness):
+                    lse = call.row_lse()
+                    mass = call.block_mass(lse, self.block)
         if self.lse_cache:
             call.memory["lse"] = lse
-        call.memory["mask"] = self.select(call, mass)
+        call.memory["mask"], call.memory["found"] = self.select(call, mass), call.step.index
         stop()
 
     def select(self, call: Call, mass: Tensor) -> PackedMask:
@@ -145,7 +148,8 @@ class AdaSpa(Method):
             even = call.top_blocks(mass, kept_blocks(budget, video), self.block)
             total = mass[..., :rows, :video].sum((-1, -2))
             recall = even.kept_mass.sum(-1) / total.clamp_min(1e-30)
-            budget = head_levels(recall, self.sparsity)
+            levels = head_levels(call.heads.all_heads(recall), self.sparsity)
+            budget = call.heads.own_heads(levels)
         lowest = _outer_levels(self.sparsity)[1] if self.head_adaptive else self.sparsity
         most = int(kept_blocks(torch.tensor(lowest), video))
         return call.top_blocks(mass, kept_blocks(budget, video), self.block, most).mask

@@ -17,6 +17,7 @@ from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
 from dit_sparse.mask import Block, BlockMask, PackedMask, block_sides
+from dit_sparse.methods.head_share import HeadShare
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 from dit_sparse.schedule import Phase, Step
 
@@ -124,6 +125,7 @@ class Call:
         shared: What this method kept for this generation, over all branches and layers.
         notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
         model: Which model this is, or None where nothing tells.
+        share: Which heads these are, where others are on other devices; None where all are here.
     """
 
     q: Tensor
@@ -142,6 +144,7 @@ class Call:
     shared: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     model: ModelIdentity | None = None
+    share: HeadShare | None = None
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
@@ -156,6 +159,11 @@ class Call:
         """
         batch, tokens = self.q.shape[:2]
         return self.shared.setdefault(f"{self.step.branch}: {batch} x {tokens} tokens", {})
+
+    @property
+    def heads(self) -> HeadShare:
+        """Which of the layer's heads these are; all of them on one device."""
+        return self.share or HeadShare.whole(self.q.shape[2])
 
     def dense(self) -> Tensor:
         """The output that the model would have computed without us, bit for bit."""
@@ -182,15 +190,16 @@ class Call:
         moved.layout = TokenLayout(self.layout.grid, self.layout.text)
         return moved
 
-    def part(self, rows: Tensor | None = None, heads: slice | None = None) -> Call:
+    def part(self, rows: Tensor | None = None, heads: slice | Tensor | None = None) -> Call:
         """This call for some of its queries or heads alone; the keys stay all there.
 
         Args:
             rows: Positions of the queries, ascending, int64; None for all.
-            heads: Heads; None for all.
+            heads: Places of the heads among those of this call; None for all.
         """
         part = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
         if heads is not None:
+            part.share = self.heads.part(heads)
             part.q, part.k, part.v = (x[:, :, heads] for x in (self.q, self.k, self.v))
         if rows is not None:
             part.q = part.q.index_select(1, rows)
@@ -360,9 +369,13 @@ class Method(abc.ABC):
 
     Attributes:
         name: What users write, e.g. ``"adaspa"``.
+        splits_heads: Whether it works where a device has some heads only: each head gets what it
+            would if the others were there. True needs no more than to treat heads one by one;
+            what looks at all of them, or at their numbers, goes through :attr:`Call.heads`.
     """
 
     name: ClassVar[str]
+    splits_heads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def attend(self, call: Call) -> Tensor:

@@ -75,6 +75,7 @@ class CompensatedDelta(ResidualMethod):
     """
 
     name = "compensated_delta"
+    splits_heads = True
 
     density: float = 0.1
     period: int = 8

@@ -17,6 +17,7 @@ class Dense(Method):
     """The model's own attention at every step, bit for bit; only measured."""
 
     name = "dense"
+    splits_heads = True
 
     def attend(self, call: Call) -> Tensor:
         call.record(Phase.DENSE)
@@ -41,6 +42,7 @@ class FullMask(Method):
     """
 
     name = "full"
+    splits_heads = True
     block: int = 64
 
     def attend(self, call: Call) -> Tensor:

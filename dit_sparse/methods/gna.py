@@ -59,6 +59,7 @@ class GNA(Method):
     """
 
     name = "gna"
+    splits_heads = True
 
     window: float | Axes = 0.3
     stride: Axes | None = None

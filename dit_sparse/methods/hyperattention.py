@@ -97,7 +97,7 @@ class HyperAttention(Tiled):
         Args:
             call: Queries and keys sorted, padding of a block last.
         """
-        batch, tokens, heads, dim = call.k.shape
+        batch, tokens, _, dim = call.k.shape
         video = video_blocks(call.layout, self.block)
         there = torch.ones(batch, tokens, dtype=torch.bool, device=call.k.device)
         there = there if call.key_valid is None else call.key_valid.clone()
@@ -108,7 +108,8 @@ class HyperAttention(Tiled):
         # Drawn on the host, so that all devices draw the same.
         number = (self.seed * 1_000_003 + call.step.index) * 1_000_003 + call.layer
         rng = torch.Generator().manual_seed(number % 2**63)
-        uniform = torch.rand(batch, columns, heads, generator=rng).to(call.k.device)
+        uniform = torch.rand(batch, columns, call.heads.total, generator=rng)
+        uniform = uniform[..., list(call.heads.own)].to(call.k.device)
         first = torch.arange(columns, device=call.k.device)[:, None] * self.block
         place = first + (uniform * count.unsqueeze(-1)).long()
         index = place.clamp(max=tokens - 1).unsqueeze(-1).expand(-1, -1, -1, dim)

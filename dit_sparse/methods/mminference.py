@@ -86,6 +86,7 @@ class MMInference(Method):
     """
 
     name = "mminference"
+    splits_heads = True
 
     sparsity: float = 0.8
     search: tuple[int | float, ...] = (0.2, 0.6)
@@ -139,7 +140,7 @@ class MMInference(Method):
         }
 
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, "parts" in call.memory)
+        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -148,6 +149,7 @@ class MMInference(Method):
             parts = call.memory["parts"] = self.find(call)
             tokens = call.layout.tokens
             call.memory["density"] = parts_density(parts, call.q.shape[2], tokens)
+            call.memory["found"] = call.step.index
             stop()
         if phase is Phase.SEARCH:
             call.record(phase)
@@ -164,7 +166,7 @@ class MMInference(Method):
         table = PatternTable.load(self.table)
         modalities = len(modality_ranges(self.modalities, call.layout))
         table.check(call, modalities)
-        choices = table.choices[call.layer]
+        choices = [table.choices[call.layer][number] for number in call.heads.own]
         parts: Parts = {}
         for boundary in BOUNDARIES:
             heads = tuple(h for h, choice in enumerate(choices) if choice.boundary == boundary)

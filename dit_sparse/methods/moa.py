@@ -104,7 +104,7 @@ class MoA(Tiled):
         if self.plan is not None:
             return super().attend(call)
         self._check_budget(call)
-        phase = Schedule((self.warmup,)).phase(call.step, "losses" in call.memory)
+        phase = Schedule((self.warmup,)).phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()
@@ -114,7 +114,8 @@ class MoA(Tiled):
             out = call.dense()
             stop = call.search_watch.start(call.q.device)
             losses = self.losses(moved, out if order is None else order.apply(out))
-            call.memory["losses"] = losses
+            losses = call.heads.all_heads(losses[None])[0]
+            call.memory["losses"], call.memory["found"] = losses, call.step.index
             call.branch_shared.setdefault("losses", {})[call.layer] = losses
             call.branch_shared["cost"] = self._cost(call)
             stop()
@@ -129,7 +130,8 @@ class MoA(Tiled):
 
     def find(self, call: Call) -> PackedMask:
         keep, _ = span_masks(call.layout, self.tile, self.block, self.spans)
-        chosen = keep[torch.tensor(self._chosen(call))].to(call.q.device)
+        spans = self._chosen(call)
+        chosen = keep[[spans[number] for number in call.heads.own]].to(call.q.device)
         return PackedMask.from_dense(chosen[None], self.block, call.layout.tokens)
 
     def losses(self, call: Call, dense: Tensor) -> Tensor:
@@ -156,11 +158,12 @@ class MoA(Tiled):
         return torch.stack(losses, -1) / size.sum((0, 1, 3)).clamp_min(1e-30)[:, None]
 
     def _chosen(self, call: Call) -> list[int]:
-        """The span of every head of this layer."""
+        """The span of every head of this layer, on whatever device it is."""
         if self.plan is not None:
-            if len(self.plan) != call.layers or len(self.plan[call.layer]) != call.q.shape[2]:
+            heads = call.heads.total
+            if len(self.plan) != call.layers or len(self.plan[call.layer]) != heads:
                 raise ValueError(
-                    f"plan must have {call.layers} layers of {call.q.shape[2]} heads, got "
+                    f"plan must have {call.layers} layers of {heads} heads, got "
                     f"{[len(heads) for heads in self.plan]}"
                 )
             return list(self.plan[call.layer])

@@ -134,7 +134,7 @@ class PatternTable:
         reasons = [] if call.model is None else self.model.differences(call.model)
         for name, mine, theirs in (
             ("layers", self.layers, call.layers),
-            ("heads", self.heads, call.q.shape[2]),
+            ("heads", self.heads, call.heads.total),
             ("channels a head", self.dim, call.q.shape[3]),
             ("modalities", self.modalities, modalities),
         ):

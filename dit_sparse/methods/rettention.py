@@ -66,6 +66,7 @@ class Rettention(ResidualMethod):
     """
 
     name = "rettention"
+    splits_heads = True
     row_statistics: ClassVar[int] = 1
 
     sparsity: float = 0.96875

@@ -28,7 +28,7 @@ class Part:
     call: Call
     rows: Tensor | None
     blocks: slice
-    heads: slice
+    heads: slice | Tensor
 
     @property
     def index(self) -> tuple[slice | Tensor, ...]:
@@ -58,8 +58,10 @@ def part_of_turn(call: Call, unit: Unit, period: int, turn: int, block: int) -> 
     if turn == 0 or (unit == "all" and turn % period == 0):
         return Part(call, None, everything, everything)
     first = (turn + call.layer) % period
-    if unit == "heads" and first < call.q.shape[2]:
-        heads = slice(first, None, period)
+    if unit == "heads" and first < call.heads.total:
+        heads = call.heads.places(lambda number: number % period == first)
+        if heads == slice(0, 0):
+            return None
         return Part(call.part(heads=heads), None, everything, heads)
     if unit == "rows" and first < video_blocks(call.layout, block):
         blocks = slice(first, video_blocks(call.layout, block), period)
@@ -84,7 +86,7 @@ def turns_since(call: Call, unit: Unit, period: int, turn: int, block: int) -> T
     if unit == "rows":
         place = (torch.arange(call.q.shape[1], device=device) // block)[:, None, None]
     elif unit == "heads":
-        place = torch.arange(call.q.shape[2], device=device)[:, None]
+        place = torch.tensor(call.heads.own, device=device)[:, None]
     else:
         return torch.tensor(turn % period if unit == "all" else turn, device=device)
     # Place p has its turn where (turn + layer - p) is a multiple of the period, and at turn 0.

@@ -51,19 +51,20 @@ class S2(Tiled):
         return replace(self, stride=max(1, round(1 / share)))
 
     def find(self, call: Call) -> PackedMask:
-        # Layers whose shift is the same share one mask.
+        # Layers whose shift is the same share one mask, if they have the same heads.
         masks = call.branch_shared.setdefault("masks", {})
         turn = call.layer % self.stride
-        if turn not in masks:
-            masks[turn] = self.shards(call, turn)
-        return masks[turn]
+        key = turn, call.heads.own
+        if key not in masks:
+            masks[key] = self.shards(call, turn)
+        return masks[key]
 
     def shards(self, call: Call, turn: int) -> PackedMask:
         """The mask of layers whose shift is ``turn``."""
         device = call.q.device
         place = torch.arange(video_blocks(call.layout, self.block), device=device)
-        heads = call.q.shape[2]
-        shift = torch.arange(heads, device=device) * max(1, self.stride // heads) + turn
+        step = max(1, self.stride // call.heads.total)
+        shift = torch.tensor(call.heads.own, device=device) * step + turn
         shard = (place + shift[:, None]) % self.stride == 0
         band = (place[:, None] - place).abs() <= self.band
         return self.pack(call, (shard[:, None] | band)[None])

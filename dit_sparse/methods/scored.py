@@ -33,6 +33,9 @@ class BlockMasked(Method):
         ValueError: On a value outside these ranges.
     """
 
+    # Methods of this kind treat heads one by one; one that does not says so.
+    splits_heads = True
+
     warmup: int | float = 0.2
     block: int = 64
 

@@ -64,7 +64,7 @@ class SeerAttention(BlockScored):
 
     def _gate(self, call: Call) -> tuple[Tensor, Tensor]:
         query, key = load_gate(str(self.weights), call.q.device)
-        heads, dim = call.q.shape[2:]
+        heads, dim = call.heads.total, call.q.shape[3]
         expected = (call.layers, heads, dim), (call.layers, heads, 3 * dim)
         if (tuple(query.shape[:3]), tuple(key.shape[:3])) != expected:
             raise ValueError(
@@ -72,7 +72,8 @@ class SeerAttention(BlockScored):
                 f"{tuple(query.shape[:3])}, this model has {expected[0]}; train its own with "
                 "training/seer_gate.py"
             )
-        return query[call.layer], key[call.layer]
+        own = call.heads.own_heads
+        return own(query[call.layer][None])[0], own(key[call.layer][None])[0]
 
 
 def gate_logits(queries: Tensor, keys: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class SparseVDiT(Method):
     """
 
     name = "sparse_vdit"
+    splits_heads = True
 
     plan: str = AUTO
     mode: str | None = None
@@ -134,16 +135,18 @@ class SparseVDiT(Method):
         """Pattern of every head, None where all are dense."""
         if is_warmup(self.warmup, call.step):
             return None
-        heads = call.q.shape[2]
         if self.mode is not None:
-            block = self.block or UNIFORM_BLOCK
-            return _band_mask((self._uniform(),), (0,) * heads, block, call.layout)
+            block, row = self.block or UNIFORM_BLOCK, (0,) * len(call.heads.own)
+            return _band_mask((self._uniform(),), row, block, call.layout)
         grid = None if self.any_grid else call.layout.grid
         dim = call.q.shape[3]
-        plan = fitting_plan(self._chosen, call.model, call.layers, heads, dim, grid)
+        total = call.heads.total
+        plan = fitting_plan(self._chosen, call.model, call.layers, total, dim, grid)
         component = call.model.component if call.model else ""
         step = plan.step_at(call.step.progress, component)
-        return _band_mask(plan.modes, step.table[call.layer], plan.block, call.layout)
+        row = step.table[call.layer]
+        row = tuple(row[number] for number in call.heads.own)
+        return _band_mask(plan.modes, row, plan.block, call.layout)
 
 
 def is_warmup(warmup: int | float, step: Step) -> bool:

@@ -45,6 +45,8 @@ class TidalDecode(Tiled, BlockSearched):
     """
 
     name = "tidaldecode"
+    # A head may take over the mask of any other.
+    splits_heads = False
 
     sparsity: float = 0.8
     anchors: tuple[int | float, ...] = (2, 0.4)

@@ -57,6 +57,6 @@ class ZipVL(Tiled, BlockSearched):
         rows = probe_rows(call, self.probes, self.block)
         mass = probe_mass(call, rows, self.block)[..., :blocks].sum(-2)
         if not self.per_head:
-            mass = mass.sum(1, keepdim=True)
+            mass = call.heads.all_heads(mass).sum(1, keepdim=True)
         own = torch.eye(blocks, dtype=torch.bool, device=mass.device)
         return self.pack(call, top_share(mass, self.tau)[..., None, :] | own)

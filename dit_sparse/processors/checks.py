@@ -11,7 +11,9 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import ops
 from dit_sparse.layout import TokenLayout
 from dit_sparse.mask import BlockMask
-from dit_sparse.processors.family import Family, family_of
+from dit_sparse.methods import list_methods
+from dit_sparse.processors.family import Family, family_of, list_families
+from dit_sparse.processors.ulysses import Ulysses, ulysses_of
 
 
 def check_bindable(model: Any, config: SparseConfig) -> tuple[Family, list[tuple[str, Any]]]:
@@ -19,8 +21,8 @@ def check_bindable(model: Any, config: SparseConfig) -> tuple[Family, list[tuple
 
     Raises:
         ValueError: If the model has no adapter or a dense layer does not exist.
-        NotImplementedError: If the model runs context parallelism, or a named kernel cannot
-            compute its layers.
+        NotImplementedError: If the model splits its sequence over devices in a way that cannot be
+            followed, or a named kernel cannot compute its layers.
     """
     family = family_of(model)
     modules = family.sites(model)
@@ -30,26 +32,47 @@ def check_bindable(model: Any, config: SparseConfig) -> tuple[Family, list[tuple
             f"dense_layers must be below {len(modules)}, the self-attention layers of this "
             f"{type(model).__name__}; got {absent}"
         )
-    refuse_context_parallel(model)
+    check_parallel(model, family, config)
     numerics = layer_numerics(model, modules[0][1]) if modules else None
     if numerics is not None:
         check_implementation(config, *numerics)
     return family, modules
 
 
-def refuse_context_parallel(model: Any) -> None:
-    """Raises NotImplementedError if ``model`` splits its sequence over devices."""
-    parallel = getattr(model, "_parallel_config", None)
-    context_parallel = getattr(parallel, "context_parallel_config", None)
-    if context_parallel is not None:
-        ring = (getattr(context_parallel, "ring_degree", 1) or 1) > 1
-        why = (
-            "ring attention shows each rank one chunk of the keys at a time, so blocks cannot be "
-            "selected over all of them"
-            if ring
-            else "Ulysses is not supported by this release"
+def check_parallel(model: Any, family: Family, config: SparseConfig) -> Ulysses | None:
+    """The devices over which ``model`` splits its sequence, or None, if ``config`` can run there.
+
+    Raises:
+        NotImplementedError: If it cannot, with the reason.
+    """
+    devices = ulysses_of(model)
+    if devices is None:
+        return None
+    if family.split_of(model) is None:
+        raise NotImplementedError(
+            f"sparse attention does not know how context parallelism splits the sequence of "
+            f"{type(model).__name__}; models of which it does are {split_models()}"
         )
-        raise NotImplementedError(f"sparse attention cannot run under context parallelism: {why}")
+    if not config.method.splits_heads:
+        splitting = sorted(name for name, kind in list_methods().items() if kind.splits_heads)
+        raise NotImplementedError(
+            f"method {config.method.name!r} needs all heads of a layer on one device; under "
+            f"context parallelism each has some of them. Methods that need no more: {splitting}"
+        )
+    return devices
+
+
+def needs_sparse_attention(model: Any, family: Family) -> bool:
+    """Whether ``model`` splits its sequence over devices as its own processors cannot."""
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    has_plan = getattr(type(model), "_cp_plan", None) is not None
+    return config is not None and not has_plan and family.split_of(model) is not None
+
+
+def split_models() -> list[str]:
+    """Transformer classes that can split their sequence over devices under sparse attention."""
+    families = list_families().items()
+    return sorted(model for model, family in families if model in family.splits)
 
 
 def layer_numerics(model: Any, module: Any) -> tuple[int, torch.dtype, torch.device] | None:

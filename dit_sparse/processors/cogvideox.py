@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules
+from dit_sparse.processors.family import Arguments, Family, Split, attention_modules
 
 
 class CogVideoX(Family):
@@ -18,9 +21,19 @@ class CogVideoX(Family):
 
     models = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
     tokens = "text, video"
+    splits: ClassVar[Mapping[str, Split]] = {"CogVideoXTransformer3DModel": "text first"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn1"})
+
+    def parallel_plan(self, model: Any) -> dict[str, Any] | None:
+        tokens = ContextParallelInput(split_dim=1, expected_dims=3)
+        angles = ContextParallelInput(split_dim=0, expected_dims=2)
+        return {
+            "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+            "transformer_blocks.*": {"image_rotary_emb": [angles, angles]},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
 
     def layout(self, model: Any, arguments: Arguments) -> TokenLayout:
         _, frames, _, height, width = arguments["hidden_states"].shape

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from dit_sparse.layout import TokenLayout
 from dit_sparse.processors.refused import REFUSED
 
 Arguments = Mapping[str, Any]
+Split = Literal["whole", "text first", "text last"]
 
 
 class Family(abc.ABC):
@@ -29,6 +30,9 @@ class Family(abc.ABC):
         side_calls: Processor classes that make other attention calls beside self-attention (image
             prompts); those calls run as they are.
         always_trims: Whether the model itself cuts padding off before its attention call.
+        splits: By transformer class what context parallelism splits one by one: the ``"whole"``
+            sequence, or the text in front (``"text first"``) or behind (``"text last"``) and the
+            rest. Classes of which no plan is known are not in it.
     """
 
     models: ClassVar[tuple[str, ...]]
@@ -38,6 +42,7 @@ class Family(abc.ABC):
     timestep_name: ClassVar[str] = "timestep"
     side_calls: ClassVar[tuple[str, ...]] = ()
     always_trims: ClassVar[bool] = False
+    splits: ClassVar[Mapping[str, Split]] = {}
 
     @abc.abstractmethod
     def sites(self, model: Any) -> list[tuple[str, Any]]:
@@ -75,6 +80,41 @@ class Family(abc.ABC):
     def site_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The tokens that the layer called ``name`` sees, where not all layers see the same."""
         return layout
+
+    def split_of(self, model: Any) -> Split | None:
+        """How context parallelism splits the sequence of ``model``, or None if nobody knows."""
+        names = (kind.__name__ for kind in type(model).__mro__)
+        return next((self.splits[name] for name in names if name in self.splits), None)
+
+    def streams(self, model: Any, numbers: Sequence[int], layout: TokenLayout) -> tuple[int, ...]:
+        """Lengths of the parts of the sequence that are split one by one, in order.
+
+        Args:
+            model: One that is in :attr:`splits`.
+            numbers: From :meth:`encode`.
+            layout: What they mean.
+        """
+        split = self.split_of(model)
+        if split == "text first":
+            text = self.leading_text(numbers)
+            return text, layout.tokens - text
+        return (layout.video, layout.text) if split == "text last" else (layout.tokens,)
+
+    def leading_text(self, numbers: Sequence[int]) -> int:
+        """Tokens of the text in front, which references and conditioning frames may follow.
+
+        Args:
+            numbers: From :meth:`encode`.
+        """
+        return numbers[3]
+
+    def parallel_plan(self, model: Any) -> dict[str, Any] | None:
+        """Where to split and gather for context parallelism, if diffusers has no plan of its own.
+
+        See :func:`dit_sparse.processors.parallel_plan.context_parallel_plan`, which asks for models
+        in :attr:`splits` alone.
+        """
+        return None
 
     def unqueried(self, layout: TokenLayout, queries: int) -> tuple[int, int] | None:
         """Start and number of tokens that are keys only, in a call with ``queries`` queries.
@@ -136,6 +176,9 @@ class PackedFamily(Family):
         grid, before = self.grid(positions)
         after = positions.shape[0] - before - grid[0] * grid[1] * grid[2]
         return TokenLayout.around(grid, numbers[0] + before, after)
+
+    def leading_text(self, numbers: Sequence[int]) -> int:
+        return numbers[0]
 
 
 def attention_modules(model: Any, stacks: Mapping[str, str]) -> list[tuple[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dit_sparse.processors.family import Arguments, PackedFamily, attention_modules
+from dit_sparse.processors.family import Arguments, PackedFamily, Split, attention_modules
 from dit_sparse.processors.positions import image_grid
 
 
@@ -26,6 +27,7 @@ class Flux(PackedFamily):
         "OvisImageTransformer2DModel",
     )
     side_calls: ClassVar[tuple[str, ...]] = ("FluxIPAdapterAttnProcessor",)
+    splits: ClassVar[Mapping[str, Split]] = {"FluxTransformer2DModel": "text first"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments
+from dit_sparse.processors.family import Arguments, Split
 from dit_sparse.processors.flux import Flux
 
 
@@ -21,6 +21,7 @@ class Flux2(Flux):
     """
 
     models = ("Flux2Transformer2DModel",)
+    splits: ClassVar[Mapping[str, Split]] = {"Flux2Transformer2DModel": "text first"}
     side_calls = ("Flux2KVAttnProcessor", "Flux2KVParallelSelfAttnProcessor")
 
     def text(self, model: Any, arguments: Arguments) -> int:

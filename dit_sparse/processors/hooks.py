@@ -16,8 +16,6 @@ from diffusers.hooks.hooks import (
 )
 from torch import nn
 
-from dit_sparse.processors.checks import refuse_context_parallel
-
 if TYPE_CHECKING:
     from dit_sparse.processors.binding import Binding
     from dit_sparse.processors.run import Run
@@ -101,7 +99,6 @@ class _ForwardReader:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         binding = self.binding
-        refuse_context_parallel(model)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         family, scope = binding.family, binding.scope
         scope.timestep = family.timestep(arguments)
@@ -109,6 +106,7 @@ class _ForwardReader:
         scope.layout = torch.tensor(numbers)
         if not torch.compiler.is_compiling():
             # Traced, this would happen after the pass and not before it.
+            binding.devices()
             binding.run.begin_forward(scope.timestep)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules, patched_grid
+from dit_sparse.processors.family import Arguments, Family, Split, attention_modules, patched_grid
 
 
 class HunyuanVideo(Family):
@@ -18,11 +21,25 @@ class HunyuanVideo(Family):
 
     models = ("HunyuanVideoTransformer3DModel",)
     tokens = "video, text"
+    splits: ClassVar[Mapping[str, Split]] = {"HunyuanVideoTransformer3DModel": "text last"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(
             model, {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
         )
+
+    def parallel_plan(self, model: Any) -> dict[str, Any] | None:
+        if model.config.image_condition_type == "token_replace":
+            # Blocks modulate the tokens of the first frame by their places in the sequence.
+            return None
+        tokens = ContextParallelInput(split_dim=1, expected_dims=3)
+        angles = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+        # The padding mask stays whole: it is made of both streams, in the model's order.
+        return {
+            "rope": {0: angles, 1: angles},
+            "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
 
     def layout(self, model: Any, arguments: Arguments) -> TokenLayout:
         patch, config = model.config.patch_size, model.config

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, PackedFamily, attention_modules
+from dit_sparse.processors.family import (
+    Arguments,
+    Family,
+    PackedFamily,
+    Split,
+    attention_modules,
+)
 from dit_sparse.processors.positions import leading_video_grid, trailing_video_grid
 
 
@@ -22,6 +28,9 @@ class LTX(PackedFamily):
 
     models = ("LTXVideoTransformer3DModel",)
     tokens = "conditioning frames, video"
+    # Not LTX-2: the plan of diffusers 0.42 splits its video but not the angles for attention to the
+    # audio.
+    splits: ClassVar[Mapping[str, Split]] = {"LTXVideoTransformer3DModel": "whole"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn1"})

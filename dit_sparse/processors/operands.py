@@ -1,8 +1,9 @@
 """Queries, keys and values as a method expects them, where a model's call is not of that form.
 
 Three things differ between models: some attend from image queries alone, some start the image at
-another place in each batch element, and some add token weights to the scores. Each is undone on the
-way out; dense outputs go the way in, so that a method always sees one arrangement.
+another place in each batch element, and some add token weights to the scores. Beside that, pieces
+of a sequence may come together from several devices. Each is undone on the way out; dense outputs
+go the way in, so that a method always sees one arrangement.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dit_sparse.layout import TokenLayout
+from dit_sparse.layout import Ordering, TokenLayout
 from dit_sparse.processors.masks import fold_weights
 
 Change = Callable[[Tensor], Tensor]
@@ -87,6 +88,15 @@ class Operands:
         q, k, v = (move(x, forth) for x in (self.q, self.k, self.v))
         valid = None if self.valid is None else move(self.valid, forth)
         return replace(self, q=q, k=k, v=v, valid=valid, changes=(*self.changes, changes))
+
+    def ordered(self, order: Ordering | None) -> Operands:
+        """The same with the tokens in another order, which is that of the layout."""
+        if order is None:
+            return self
+        q, k, v = (order.apply(x) for x in (self.q, self.k, self.v))
+        valid = None if self.valid is None else order.apply(self.valid)
+        change = (order.apply, order.undo)
+        return replace(self, q=q, k=k, v=v, valid=valid, changes=(*self.changes, change))
 
     def with_weights(self, weights: Tensor) -> Operands:
         """``w_i * w_j`` added to the score of every pair, see :func:`fold_weights`."""

@@ -69,7 +69,7 @@ class SparseProcessor:
         """
         model = unwrap_module(model)
         check_bindable(model, self.config)
-        release(model)
+        release(model, replaced=True)
         self.bindings.append(Binding(model, self.config, pipeline, owner=self))
         return self
 
@@ -114,12 +114,12 @@ class SparseProcessor:
         return f"SparseProcessor({self.config.method!r}, on={models})"
 
 
-def release(model: nn.Module) -> None:
-    """Takes sparse attention off ``model``, if there is any."""
+def release(model: nn.Module, replaced: bool = False) -> None:
+    """Takes sparse attention off ``model``, if there is any; see :meth:`Binding.remove`."""
     binding = binding_of(model)
     if binding is None:
         return
-    binding.remove()
+    binding.remove(replaced)
     if binding.owner is not None:
         binding.owner.bindings = [b for b in binding.owner.bindings if b is not binding]
 

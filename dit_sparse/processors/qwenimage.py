@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules
+from dit_sparse.processors.family import Arguments, Family, Split, attention_modules
 
 
 class QwenImage(Family):
@@ -19,6 +20,7 @@ class QwenImage(Family):
 
     models = ("QwenImageTransformer2DModel",)
     tokens = "text, image, references"
+    splits: ClassVar[Mapping[str, Split]] = {"QwenImageTransformer2DModel": "text first"}
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"transformer_blocks": "attn"})

@@ -42,6 +42,9 @@ class Report:
         choices: Why calls went to each of ``kernels`` in this process, e.g. ``"attention as
             measured on h100-sm90"``, ``"attention by its rank"`` or ``"attention as named"``.
         notes: What the methods say beside the numbers, e.g. the memory that a residual takes.
+        imbalance: Where the heads of a layer are on several devices: what the busiest one computes
+            over their mean, over all sparse calls; 1.0 is even, and one device. Densities are
+            those of all devices; times, calls by kernel and memory are this device's.
     """
 
     density: float
@@ -55,6 +58,7 @@ class Report:
     layers: list[dict[str, Any]]
     choices: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    imbalance: float = 1.0
 
     def __str__(self) -> str:
         line = (
@@ -64,6 +68,8 @@ class Report:
             f"{self.cache_bytes / 2**20:.1f} MiB kept, calls by "
             f"{_counts(self.kernels) or 'nothing yet'}"
         )
+        if self.imbalance > 1:
+            line += f", busiest device {self.imbalance:.2f} times the mean"
         return "\n".join([line, *self.notes])
 
     def table(self, width: int = 120) -> str:
@@ -114,7 +120,7 @@ def make_report(bindings: Sequence[Binding]) -> Report:
     layers: list[dict[str, Any]] = []
     kernels: Counter[str] = Counter()
     calls = sparse_calls = 0
-    kept = 0.0
+    kept = busiest = mean = 0.0
     for number, binding in enumerate(bindings):
         if binding.run not in runs:
             continue
@@ -122,6 +128,9 @@ def make_report(bindings: Sequence[Binding]) -> Report:
             density = None
             if entry.sparse_density is not None:
                 density = (entry.sparse_density / entry.sparse_calls).tolist()
+                loads = [sum(density[head] for head in own) for own in entry.owners] or [1.0]
+                busiest += max(loads) * entry.sparse_calls
+                mean += sum(loads) / len(loads) * entry.sparse_calls
                 kept += sum(density) / len(density) * entry.sparse_calls
             calls += entry.phases.total()
             sparse_calls += entry.sparse_calls
@@ -155,5 +164,6 @@ def make_report(bindings: Sequence[Binding]) -> Report:
             for part in dict.fromkeys(part for name in kernels for part in name.split("+"))
             if why_chosen(part)
         },
+        imbalance=busiest / mean if mean else 1.0,
         notes=list(dict.fromkeys(line for run in runs for line in run.notes.values())),
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_sparse.processors.op import self_attention
+from dit_sparse.processors.upstream import register_like, skips_scores, upstream_attention
 
 if TYPE_CHECKING:
     from dit_sparse.processors.site import Site
@@ -91,6 +92,9 @@ def sparse_dispatch(
         attention_kwargs=attention_kwargs,
     )
     _check_mask_kind(attn_mask)
+    if skips_scores():
+        processor = site.module.processor
+        return upstream_attention(processor, query, key, value, attn_mask, scale, sdpa=False)[0]
     scope = site.scope
     return self_attention(
         query,
@@ -119,6 +123,8 @@ def sparse_sdpa(
     """Stands in for ``F.scaled_dot_product_attention``: ``[batch, heads, tokens, dim]``."""
     site = _current_site(is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p)
     _check_mask_kind(attn_mask)
+    if skips_scores():
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
     scope = site.scope
     out = self_attention(
         query.transpose(1, 2),
@@ -190,9 +196,15 @@ def _sparse_subclass(kind: Any, explicit: Callable[..., Any] | None) -> Any:
     body: Callable[..., Any] = swapped
 
     class Sparse(kind):
+        _dit_sparse_base = kind
+        # An instance that was not made by rewrap() does as its base does.
+        _dit_sparse_site: Site | None = None
+
         # Legacy attention modules drop every argument that is not in this signature, hence wraps.
         @functools.wraps(call)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self._dit_sparse_site is None:
+                return call(self, *args, **kwargs)
             current = _traced if torch.compiler.is_compiling() else _eager
             previous = current.site
             current.site = self._dit_sparse_site
@@ -203,6 +215,7 @@ def _sparse_subclass(kind: Any, explicit: Callable[..., Any] | None) -> Any:
 
     Sparse.__name__ = Sparse.__qualname__ = f"Sparse{kind.__name__}"
     Sparse.__module__ = kind.__module__
+    register_like(Sparse, kind)
     return Sparse
 
 
@@ -215,8 +228,28 @@ def rewrap(processor: Any, site: Site) -> Any:
     kind: Any = type(processor)
     wrapped = copy.copy(processor)
     wrapped.__class__ = _sparse_subclass(kind, site.binding.family.explicit_call(kind))
-    wrapped._dit_sparse_site = site
+    # Past setattr, which would make a processor that is a module a part of its own copy.
+    vars(wrapped).update(_dit_sparse_site=site, _dit_sparse_original=processor)
     return wrapped
+
+
+def unwrap(processor: Any) -> Any:
+    """The processor that a re-wrapped one stands for; any other is returned as it is.
+
+    What was set on the copy in the meantime goes with it: an attention backend, the parallel
+    configuration, the scale of an image prompt.
+    """
+    base = getattr(type(processor), "_dit_sparse_base", None)
+    if base is None:
+        return processor
+    original = vars(processor).get("_dit_sparse_original")
+    if original is None:
+        # diffusers makes new processors of the class that it finds (load_ip_adapter of FLUX).
+        processor.__class__ = base
+        return processor
+    own = ("_dit_sparse_site", "_dit_sparse_original")
+    vars(original).update({k: v for k, v in vars(processor).items() if k not in own})
+    return original
 
 
 def site_of(processor: Any) -> Site | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call, Stopwatch
 from dit_sparse.processors.moment import UNNAMED, Moment
+from dit_sparse.processors.ulysses import Heads
 from dit_sparse.schedule import Phase, Step
 
 # Calls of one name at one timestep that are taken for branches of one step. More of them, as in a
@@ -38,6 +39,8 @@ class LayerLog:
     # asked for.
     sparse_calls: int = 0
     sparse_density: Tensor | None = None
+    # Heads of each device, where there are several.
+    owners: Heads = ()
 
 
 @dataclass(slots=True)
@@ -97,6 +100,13 @@ class Run:
     def is_idle(self) -> bool:
         """Whether no generation is under way: none has begun, or the last one has ended."""
         return self._signature is None
+
+    @property
+    def stayed_dense(self) -> int:
+        """Steps of this generation if it has come to its last one and none was sparse, else 0."""
+        steps = [branch.step for branch in self.branches.values()]
+        is_last = any(step.total is not None and step.index >= step.total - 1 for step in steps)
+        return len(self.dense_steps) if is_last and not self.sparse_steps else 0
 
     def begin_forward(self, timestep: Tensor | None) -> None:
         """Notes that a forward pass of the model begins, with its timestep argument."""
@@ -240,8 +250,15 @@ class Run:
             branch.step, branch.moment, branch.shape = step, now, shape or branch.shape
         return branch
 
-    def note(self, call: Call) -> None:
-        """Adds a finished call to the log."""
+    def note(self, call: Call, density: Tensor | None = None, owners: Heads = ()) -> None:
+        """Adds a finished call to the log.
+
+        Args:
+            call: The call.
+            density: Density of the layer's heads ``[batch | 1, heads]``, where there are several
+                devices, each with some of them.
+            owners: Which device has which.
+        """
         entry = self.log.setdefault((call.step.branch, call.layer), LayerLog())
         entry.phases[call.phase.value] += 1
         entry.last_phase = call.phase.value
@@ -254,7 +271,9 @@ class Run:
         self.sparse_steps.add(call.step.index)
         if call.head_density is not None:
             # A mask may be one for all heads.
-            density = call.head_density.mean(0).expand(call.q.shape[2])
+            own = call.head_density.mean(0).expand(call.q.shape[2])
+            density = own if density is None else density.mean(0)
+            entry.owners = owners
             entry.sparse_calls += 1
             previous = entry.sparse_density
             entry.sparse_density = density if previous is None else previous + density

@@ -15,6 +15,7 @@ from dit_sparse.processors.masks import read_mask
 from dit_sparse.processors.op import register_site
 from dit_sparse.processors.operands import Operands
 from dit_sparse.processors.padding import attend_kept, kept_tokens
+from dit_sparse.processors.ulysses import Exchange, TokenSplit, model_order
 from dit_sparse.processors.upstream import upstream_attention
 
 if TYPE_CHECKING:
@@ -65,24 +66,41 @@ class Site:
     ) -> Tensor:
         """Self-attention ``[batch, tokens, heads, dim]`` by the bound method."""
         binding, family, run = self.binding, self.binding.family, self.binding.run
+        devices = binding.devices()
         if run.is_new_pass(self.index):
             binding.passing = ForwardPass(family.decode(numbers, positions))
         layout = family.site_layout(self.name, binding.passing.layout)
+        split, here = None, layout.tokens
+        if devices is not None:
+            split = TokenSplit(family.streams(binding.model, numbers, layout), devices.size)
+            here = split.tokens[devices.rank]
         missing = None
-        if q.shape[1] != layout.tokens or k.shape[1] != layout.tokens:
-            missing = family.unqueried(layout, q.shape[1]) if k.shape[1] == layout.tokens else None
+        if q.shape[1] != here or k.shape[1] != here:
+            if k.shape[1] == layout.tokens:
+                missing = family.unqueried(layout, q.shape[1])
             if missing is None and type(self.original).__name__ in family.side_calls:
                 processor = self.module.processor
                 return upstream_attention(processor, q, k, v, attn_mask, scale, sdpa)[0]
-            if missing is None or q.shape[1] + missing[1] != layout.tokens:
+            if devices or missing is None or q.shape[1] + missing[1] != layout.tokens:
                 raise RuntimeError(
                     f"{self.name} attends over {q.shape[1]} queries and {k.shape[1]} keys, but the "
-                    f"forward arguments describe {layout.tokens} tokens ({layout})"
+                    f"forward arguments describe {here} tokens ({layout})"
                 )
+        branch = run.enter(self.index, timestep, binding.passing.layout, binding.timesteps(), q)
+        exchange = None
+        if devices is not None and split is not None:
+            heads = binding.balance.heads(
+                self.index, q.shape[2], devices.size, branch.step.generation
+            )
+            exchange = Exchange(devices, split, heads)
+            q, k, v = (exchange.to_heads(x) for x in (q, k, v))
+            attn_mask = None if attn_mask is None else binding.passing.mask(attn_mask, exchange)
         mask = read_mask(
             attn_mask, q.shape[0], layout, self.name, family.outer_mask, family.penalty_mask
         )
         operands = Operands(q, k, v, layout, mask.valid, scale)
+        if exchange is not None:
+            operands = operands.ordered(model_order(exchange.split, q.device))
         if missing is not None:
             operands = operands.with_queries(*missing)
         if mask.weights is not None:
@@ -90,9 +108,6 @@ class Site:
         if len(numbers) > 5 and positions is None:
             operands = operands.rotated(numbers[5:])
         binding.check_numerics(operands.q)
-        branch = run.enter(
-            self.index, timestep, binding.passing.layout, binding.timesteps(), operands.q
-        )
         call = Call(
             q=operands.q,
             k=operands.k,
@@ -112,12 +127,18 @@ class Site:
             shared=run.shared,
             notes=run.notes,
             model=binding.identity,
+            share=None if exchange is None else exchange.share(),
         )
         stop = run.attention_watch.start(q.device)
         out = operands.leave(binding.attend(call))
         stop()
-        run.note(call)
-        return out
+        if exchange is None:
+            run.note(call)
+            return out
+        density = exchange.all_heads(head_density(call))
+        binding.balance.note(self.index, density.mean(0))
+        run.note(call, density, exchange.heads)
+        return exchange.to_tokens(out)
 
     def _dense(
         self,
@@ -154,6 +175,7 @@ class ForwardPass:
     def __init__(self, layout: TokenLayout) -> None:
         self.layout = layout
         self._kept: dict[int, list[slice | Tensor]] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     def kept(self, valid: Tensor) -> list[slice | Tensor]:
         """:func:`kept_tokens` of ``valid``. The padding of a pass is the same in all its layers."""
@@ -161,3 +183,17 @@ class ForwardPass:
         if tokens not in self._kept:
             self._kept[tokens] = kept_tokens(valid)
         return self._kept[tokens]
+
+    def mask(self, mask: Tensor, exchange: Exchange) -> Tensor:
+        """:meth:`Exchange.all_tokens` of ``mask``, which is the same in all layers as well."""
+        shape = tuple(mask.shape)
+        if shape not in self._masks:
+            self._masks[shape] = exchange.all_tokens(mask)
+        return self._masks[shape]
+
+
+def head_density(call: Call) -> Tensor:
+    """Density of each head of ``call``, ``[batch | 1, heads]`` fp32; 1 where it was dense."""
+    if call.head_density is None:
+        return torch.ones(1, call.q.shape[2], device=call.q.device)
+    return call.head_density.float().expand(-1, call.q.shape[2]).mean(0, keepdim=True)

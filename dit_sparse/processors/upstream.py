@@ -1,9 +1,10 @@
-"""The attention call that a model's own processor makes."""
+"""What upstream knows about a processor and what it would compute in its place."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -66,3 +67,30 @@ def upstream_attention(
         backend=backend,
     )
     return out, None
+
+
+def register_like(kind: type, base: type) -> None:
+    """Makes guiders that skip attention layers (SLG) take ``kind`` for ``base``.
+
+    They look processors up by class. A base that they do not know stays unknown.
+    """
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(base)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(kind, metadata)
+
+
+def skips_scores() -> bool:
+    """Whether a guider (PAG) puts the values in the place of attention here and now.
+
+    diffusers does that with a function mode around the attention module, which sees upstream's
+    attention call but neither kernels nor the inside of an operator. torch.compile traces this.
+    """
+    for index in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(index)
+        if type(mode).__name__ == "AttentionScoreSkipFunctionMode":
+            return True
+    return False

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.processors.family import Arguments, Family, attention_modules, patched_grid
+from dit_sparse.processors.family import (
+    Arguments,
+    Family,
+    Split,
+    attention_modules,
+    patched_grid,
+)
 
 
 class Wan(Family):
@@ -21,6 +28,10 @@ class Wan(Family):
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel",
     )
+    splits: ClassVar[Mapping[str, Split]] = {
+        "WanTransformer3DModel": "whole",
+        "ChronoEditTransformer3DModel": "whole",
+    }
 
     def sites(self, model: Any) -> list[tuple[str, Any]]:
         return attention_modules(model, {"blocks": "attn1"})

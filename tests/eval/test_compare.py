@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse.eval.arms import parse_arms
-from dit_sparse.eval.compare import Request, run_comparison
+from dit_sparse.config import SparseConfig
+from dit_sparse.eval.arms import Arm, parse_arms
+from dit_sparse.eval.compare import Request, prepare, run_comparison
 from dit_sparse.eval.html import format_number, psnr_plot
 from dit_sparse.eval.video import difference_map, side_by_side, write_mp4
 
@@ -253,3 +255,13 @@ def test_numbers_and_plot() -> None:
     assert not plot["empty"] and plot["hidden"] == []
     hidden = psnr_plot([{"method": "m", "psnr_frames": ["inf"]}])
     assert hidden["empty"] and hidden["hidden"] == ["m"]
+
+
+def test_a_dense_warm_up_of_the_engine_is_no_loss_of_sparsity(pipe: Any, tmp_path: Path) -> None:
+    size = {"height": 32, "width": 32, "frames": 4, "steps": 4}
+    engine = prepare(request(tmp_path, "adaspa", device="cpu", **size), pipe=pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for strict in (False, True):
+            config = SparseConfig.from_name("adaspa", search=(3,), strict=strict)
+            engine.warm_up(Arm("adaspa", config))

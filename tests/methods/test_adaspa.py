@@ -86,6 +86,7 @@ def test_cached_lse_finds_the_same_mask_for_the_same_operands(
     assert torch.equal(memory["mask"].dense(), first)
     assert memory["drift"].max() < 1e-12
     # The refresh did search: other operands give another mask under the same cached LSE.
+    memory["found"] = 0
     method.attend(make(text=5, batch=2, seed=1).call(2, memory))
     assert not torch.equal(memory["mask"].dense(), first)
     assert len(lse_passes) == 1
@@ -112,7 +113,7 @@ def test_without_the_cache_every_search_computes_lse(make: Any, lse_passes: list
     for index in range(4):
         method.attend(data.call(index, memory))
     assert len(lse_passes) == 2
-    assert set(memory) == {"mask"}
+    assert set(memory) == {"mask", "found"}
 
 
 def test_an_lse_error_constant_in_each_query_block_changes_no_row(make: Any) -> None:
@@ -520,7 +521,7 @@ def held(make: Any) -> tuple[float, float]:
     """Bytes of LSE per token and of masks per block pair, in one head, as a small run holds."""
     data, memory = make(grid=(4, 32, 32), heads=1, dtype=torch.float32, dim=4), {}
     found(AdaSpa(0.8, (0,)), data, memory)
-    assert set(memory) == {"mask", "lse"}
+    assert set(memory) == {"mask", "lse", "found"}
     lse = memory["lse"]
     pairs = block_count(data.layout.tokens, 64) ** 2
     mask = memory["mask"]

@@ -1,9 +1,9 @@
-"""Together with what else is put on a model, in either order."""
+"""Together with what else is put on a model: the cases that ``test_features.py`` does not count."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,52 +87,6 @@ def with_lora(model: Any) -> None:
     model.add_adapter(
         LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
     )
-
-
-ADDITIONS: dict[str, Callable[[Any], Any]] = {
-    "lora": with_lora,
-    "fused projections": lambda model: model.fuse_qkv_projections(),
-    "group offload": lambda model: model.enable_group_offload(
-        onload_device=torch.device("cpu"),
-        offload_device=torch.device("cpu"),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-    ),
-    "layerwise casting": lambda model: model.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-    ),
-    "first block cache": lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
-    "half precision": lambda model: model.to(torch.bfloat16).to(torch.float32),
-}
-
-
-@pytest.mark.parametrize("name", ADDITIONS)
-def test_either_order_gives_the_same_and_dense_steps_stay_upstreams(
-    name: str, wan: Any, inputs: Any, calls: list[Call]
-) -> None:
-    def run(model: Any) -> list[Tensor]:
-        outs = []
-        for t in STEPS:
-            with model.cache_context("cond"):
-                outs.append(model(**inputs(t))[0])
-        model._reset_stateful_cache()
-        return outs
-
-    add = ADDITIONS[name]
-    upstream, first, last = wan(), wan(), wan()
-    add(upstream)
-    add(first)
-    enable_sparse_attention(first, "adaspa", **SETTINGS)
-    sparse = enable_sparse_attention(last, "adaspa", **SETTINGS)
-    add(last)
-    reference, one = run(upstream), run(first)
-    assert [c.phase.value for c in calls if c.layer == 0] == PHASES
-    assert equal(one, run(last)) and equal(one, run(last))
-    assert equal(one[:2], reference[:2])
-    if name != "first block cache":
-        assert not torch.equal(one[3], reference[3])
-    sparse.remove()
-    assert equal(run(last), reference)
 
 
 def test_lora_is_fused_unfused_and_unloaded_under_sparse_attention(wan: Any, inputs: Any) -> None:

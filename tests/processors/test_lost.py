@@ -88,6 +88,38 @@ def test_steps_that_cannot_be_followed_are_noticed(timesteps: Any, wan: Any, inp
                 model(**inputs(t))
 
 
+def test_a_warm_up_that_never_ends_is_noticed(clip: Any) -> None:
+    run = clip()
+    settings = {"sparsity": 0.5, "search": (10, 30)}
+    with enable_sparse_attention(run.pipe, "adaspa", **settings) as sparse:
+        with pytest.warns(UserWarning, match="dense in all 4 steps.*warm-up of AdaSpa") as told:
+            run(steps=4)
+        assert len(told) == 1
+        # An interrupted generation may not have come to its sparse steps yet.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(steps=8, callback_on_step_end=interrupt)
+        assert sparse.report().dense_steps == 3
+    with (
+        enable_sparse_attention(run.pipe, "adaspa", strict=True, **settings),
+        pytest.raises(RuntimeError, match="dense in all 4 steps"),
+    ):
+        run(steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for config in (
+            SparseConfig.from_name("dense", strict=True),
+            SparseConfig.from_name("adaspa", dense_layers=(0, 1), strict=True),
+        ):
+            with enable_sparse_attention(run.pipe, config):
+                run(steps=4)
+
+
+def interrupt(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+    pipe._interrupt = step == 2
+    return {}
+
+
 def test_ordinary_use_is_silent(clip: Any, wan: Any, inputs: Any) -> None:
     run = clip(second=wan(seed=1), boundary_ratio=0.8)
     with warnings.catch_warnings():

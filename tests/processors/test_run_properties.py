@@ -96,6 +96,8 @@ class World:
         self.runs = [Run(), Run()]
         # By expert, branch and layer: the mask that must be there, in this generation only.
         self.masks: dict[tuple[int, Any, int], object] = {}
+        # The steps in which these were found.
+        self.found: dict[tuple[int, Any, int], int] = {}
         # By expert: the timesteps of this generation that its passes have seen.
         self.seen: list[list[float]] = [[], []]
         # By expert: what its last pass looked like from outside, unless it was interrupted inside.
@@ -105,13 +107,13 @@ class World:
 
     def new_generation(self) -> None:
         self.generation += 1
-        self.masks, self.seen = {}, [[], []]
+        self.masks, self.found, self.seen = {}, {}, [[], []]
 
     def reset(self) -> None:
         for run in self.runs:
             run.end_generation()
         self.last = [None, None]
-        self.masks, self.seen = {}, [[], []]
+        self.masks, self.found, self.seen = {}, {}, [[], []]
 
     def play(self, plan: Plan) -> None:
         self.new_generation()
@@ -237,20 +239,21 @@ class World:
         # Exactly the mask of this generation, expert, branch, layer and shape, or none.
         assert memory.get("mask") is self.masks.get(key)
         assert entered.step.index == index
-        phase = self.schedule.phase(entered.step, "mask" in memory).value
-        assert phase == self._expected_phase(index, key in self.masks)
+        phase = self.schedule.phase(entered.step, memory.get("found")).value
+        assert phase == self._expected_phase(index, self.found.get(key))
         if phase in ("search", "refresh"):
             memory["mask"] = self.masks[key] = object()
+            memory["found"] = self.found[key] = index
         elif phase == "sparse":
             self.used += 1
 
-    def _expected_phase(self, index: int, has_mask: bool) -> str:
+    def _expected_phase(self, index: int, found: int | None) -> str:
         first, second = self.searches
         if index < first:
             return "dense"
-        if index == first or not has_mask:
+        if found is None:
             return "search"
-        return "refresh" if index == second else "sparse"
+        return "refresh" if found < second <= index else "sparse"
 
 
 @settings(max_examples=2000, deadline=None, derandomize=True)

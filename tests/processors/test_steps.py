@@ -136,14 +136,17 @@ def test_step_caches_skip_calls_and_never_shift_steps(
                 indices = [index for index, _ in made]
                 assert indices == sorted(set(indices)) and indices[0] == 0 and indices[-1] >= 6
                 assert len(made) == 8 if (cache, layer) == ("first block", 0) else len(made) < 8
-                for place, (index, phase) in enumerate(made):
-                    has_mask = any(p != "dense" for _, p in made[:place])
+                found = None
+                for index, phase in made:
                     expected = "dense" if index < 1 else "sparse"
-                    if index >= 1 and (not has_mask or index == 1):
+                    if index >= 1 and found is None:
                         expected = "search"
-                    elif index == 4:
+                    elif index >= 4 and found < 4:
+                        # Due in step 4, which the cache may have skipped.
                         expected = "refresh"
                     assert phase == expected
+                    found = index if phase in ("search", "refresh") else found
+                assert found >= 4
         assert torch.equal(run(steps=8, **options), first)
         assert held(sparse) == 0
     model.disable_cache()

@@ -1,12 +1,14 @@
-"""docs/families.md says what is so."""
+"""docs/families.md and docs/composition.md say what is so."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import composition
 import diffusers
 import pytest
 from test_family_compile import REGIONAL, TINY, WHOLE
+from test_features import ABSENT, PRESENT
 from tiny_pipelines import PIPELINES
 from typer.testing import CliRunner
 
@@ -21,7 +23,8 @@ from dit_sparse.processors.table import (
     transformer_classes,
 )
 
-COMMITTED = Path(__file__).parents[2] / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs"
+COMMITTED = DOCS / "families.md"
 
 
 def test_the_committed_table_is_current() -> None:
@@ -29,6 +32,16 @@ def test_the_committed_table_is_current() -> None:
     if f"diffusers {diffusers.__version__}." not in text:
         pytest.skip("written with another diffusers")
     assert text == to_markdown(), "run: dit-sparse families --markdown > docs/families.md"
+
+
+def test_the_committed_features_are_current() -> None:
+    text = (DOCS / "composition.md").read_text()
+    if f"diffusers {diffusers.__version__}." not in text:
+        pytest.skip("written with another diffusers")
+    command = "python tests/processors/composition.py > docs/composition.md"
+    assert text == composition.to_markdown(), f"run: {command}"
+    # Every mark is a test of its own.
+    assert text.count("| ✓") == len(PRESENT) and text.count("| –") == len(ABSENT)
 
 
 def test_what_is_claimed_is_tested() -> None:
