@@ -124,14 +124,23 @@ class Ordering:
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:
         """``x`` with its tokens (dimension ``dim``) in the new order."""
-        return x.index_select(dim, self.perm)
+        return _take(x, self.perm, dim)
 
     def undo(self, x: Tensor, dim: int = 1) -> Tensor:
         """``x`` with its tokens (dimension ``dim``) back in the original order."""
-        return x.index_select(dim, self.inverse)
+        return _take(x, self.inverse, dim)
 
     def to(self, device: torch.device | str) -> Ordering:
         return Ordering(self.perm.to(device), self.inverse.to(device))
+
+
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    if dim != 1 or not x.is_cuda:
+        return x.index_select(dim, index)
+    # torch's own selection takes a slow path for heads that lie before tokens in memory.
+    from dit_sparse.kernels import ops
+
+    return ops.reorder(index, x)[0]
 
 
 @lru_cache(maxsize=64)

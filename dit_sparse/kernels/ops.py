@@ -121,6 +121,14 @@ class TopBlocksCall:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ReorderCall:
+    """A validated call of :func:`reorder`."""
+
+    index: Tensor
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockMassCall:
     """A validated call of :func:`block_mass`."""
 
@@ -166,7 +174,7 @@ class Impl(abc.ABC):
 
     Attributes:
         op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"``,
-            ``"neighborhood"`` or ``"banded_attention"``.
+            ``"reorder"``, ``"neighborhood"`` or ``"banded_attention"``.
         name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
         rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
@@ -276,12 +284,20 @@ def _responsible(op: str, impl: str) -> str:
 
 
 AnyCall = (
-    AttentionCall | BandedCall | BlockMassCall | NeighborhoodCall | SummarizeCall | TopBlocksCall
+    AttentionCall
+    | BandedCall
+    | BlockMassCall
+    | NeighborhoodCall
+    | ReorderCall
+    | SummarizeCall
+    | TopBlocksCall
 )
 
 
 def _operand(call: AnyCall) -> tuple[str, Tensor]:
     """The tensor that messages describe a call by, and its name."""
+    if isinstance(call, ReorderCall):
+        return "tensors", call.tensors[0]
     name = next(name for name in ("q", "k", "mass") if hasattr(call, name))
     return name, getattr(call, name)
 
@@ -650,6 +666,25 @@ def top_blocks(
     longest = columns if longest is None else max(1, min(longest, columns))
     call = TopBlocksCall(mass, count, block, seq, free, longest)
     return select("top_blocks", call, impl)(call)
+
+
+def reorder(index: Tensor, *tensors: Tensor, impl: str = "auto") -> tuple[Tensor, ...]:
+    """``x[:, index]`` of every tensor, contiguous.
+
+    Args:
+        index: Which token comes at each place, ``[tokens]`` int64.
+        tensors: ``[batch, tokens, ...]``.
+        impl: As in :func:`attention`.
+
+    Raises:
+        ValueError, Unsupported: As :func:`attention`.
+    """
+    if not tensors:
+        raise ValueError("expected at least one tensor, got none")
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index must be [tokens] int64, got {tuple(index.shape)} {index.dtype}")
+    call = ReorderCall(index, tensors)
+    return select("reorder", call, impl)(call)
 
 
 def merge(a: Attended, b: Attended) -> Attended:

@@ -14,6 +14,7 @@ from dit_sparse.kernels.ops import (
     BlockMassCall,
     Impl,
     NeighborhoodCall,
+    ReorderCall,
     SummarizeCall,
     TopBlocks,
     TopBlocksCall,
@@ -222,3 +223,13 @@ class ReferenceTopBlocks(Impl):
                         keep[b, h, row, column] = False
                     kept_mass[b, h, row] = sum(mass[c] for c in order[:count])
         return TopBlocks(PackedMask.from_dense(keep, call.block, call.seq, call.longest), kept_mass)
+
+
+class ReferenceReorder(Impl):
+    op, name, rank = "reorder", "reference", 0
+
+    def reasons(self, call: ReorderCall) -> list[str]:
+        return []
+
+    def __call__(self, call: ReorderCall) -> tuple[Tensor, ...]:
+        return tuple(x.index_select(1, call.index) for x in call.tensors)

@@ -185,7 +185,7 @@ class Call:
         if order is None:
             return self
         moved = Call(**{f.name: getattr(self, f.name) for f in fields(self)})
-        moved.q, moved.k, moved.v = (order.apply(x) for x in (self.q, self.k, self.v))
+        moved.q, moved.k, moved.v = ops.reorder(order.perm, self.q, self.k, self.v)
         moved.key_valid = None if self.key_valid is None else order.apply(self.key_valid)
         moved.layout = TokenLayout(self.layout.grid, self.layout.text)
         return moved
