@@ -127,7 +127,7 @@ def make_report(bindings: Sequence[Binding]) -> Report:
         for (branch, layer), entry in sorted(binding.run.log.items()):
             density = None
             if entry.sparse_density is not None:
-                density = (entry.sparse_density / entry.sparse_calls).tolist()
+                density = entry.sparse_density.tolist()
                 loads = [sum(density[head] for head in own) for own in entry.owners] or [1.0]
                 busiest += max(loads) * entry.sparse_calls
                 mean += sum(loads) / len(loads) * entry.sparse_calls

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
@@ -35,12 +36,33 @@ class LayerLog:
     last_phase: str = ""
     search_watch: Stopwatch = field(default_factory=Stopwatch)
     cache_bytes: int = 0
-    # Sparse calls, and their density per head summed; it stays on the device until a report is
-    # asked for.
-    sparse_calls: int = 0
-    sparse_density: Tensor | None = None
+    # Densities [batch | 1, heads | 1] of masks and how many sparse calls in a row had them. They
+    # stay on the device, and nothing is computed, until a report is asked for.
+    densities: list[tuple[Tensor, int]] = field(default_factory=list)
+    heads: int = 0
     # Heads of each device, where there are several.
     owners: Heads = ()
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(calls for _, calls in self.densities)
+
+    @property
+    def sparse_density(self) -> Tensor | None:
+        """Density of every head, ``[heads]``, mean over the sparse calls; None without one."""
+        if not self.densities:
+            return None
+        # A mask may be one for all heads.
+        summed = [calls * each.mean(0).expand(self.heads) for each, calls in self.densities]
+        return torch.stack(summed).sum(0) / self.sparse_calls
+
+    def add_sparse_call(self, density: Tensor, heads: int) -> None:
+        """Notes one more call under a mask of ``density``, which must not change any more."""
+        self.heads = heads
+        if self.densities and self.densities[-1][0] is density:
+            self.densities[-1] = (density, self.densities[-1][1] + 1)
+        else:
+            self.densities.append((density, 1))
 
 
 @dataclass(slots=True)
@@ -270,13 +292,11 @@ class Run:
             return
         self.sparse_steps.add(call.step.index)
         if call.head_density is not None:
-            # A mask may be one for all heads.
-            own = call.head_density.mean(0).expand(call.q.shape[2])
-            density = own if density is None else density.mean(0)
             entry.owners = owners
-            entry.sparse_calls += 1
-            previous = entry.sparse_density
-            entry.sparse_density = density if previous is None else previous + density
+            if density is None:
+                entry.add_sparse_call(call.head_density, call.q.shape[2])
+            else:
+                entry.add_sparse_call(density, density.shape[-1])
 
     def held_bytes(self, kind: str | None = None) -> int:
         """Bytes of masks and statistics that are kept now; ``kind`` as for :func:`stored_bytes`."""
