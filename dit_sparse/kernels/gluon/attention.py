@@ -102,8 +102,12 @@ def _load_tiles(
         steps = tiles
         if SUMMARY:
             steps = tiles + (columns + TILE_K - 1) // TILE_K
+        following = total
         # Values come one step after their keys, as they are wanted.
         for i in range(0, steps + 1):
+            if i == gl.minimum(steps, 1):
+                # Drawn while loads are under way, which hide that it takes a microsecond.
+                following = gl.atomic_add(counter, 1) + gl.num_programs(0)
             if i < steps:
                 stage = n % STAGES
                 mbarrier.wait(k_empty.index(stage), ((n // STAGES) & 1) ^ 1)
@@ -153,7 +157,7 @@ def _load_tiles(
             )  # fmt: skip
             n += 1
         turn += 1
-        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        tile = following
     slot = turn & 1
     mbarrier.wait(tile_empty.index(slot), ((turn >> 1) & 1) ^ 1)
     tile_smem.index(slot).store(gl.full([1], total, gl.int32, ONE))
