@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit_sparse.methods.compensated_delta import (
-    CompensatedDelta,
-    block_means,
-    log_fade,
-    pooled_scores,
-)
+from dit_sparse.methods.block_scores import error_scores, pooled_softmax
+from dit_sparse.methods.compensated_delta import CompensatedDelta, log_fade
 from dit_sparse.schedule import Phase
 
 UNITS = ["rows", "heads", "all", "never"]
@@ -162,7 +158,7 @@ def test_phases_density_and_memory(make: Any) -> None:
     phases = [phase for phase, _ in seen]
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE, Phase.SPARSE]
     assert seen[-1][1].tolist() == [[0.125 + 0.25] * 2]
-    assert set(memory) == {"turn", "mask", "residual0"}
+    assert set(memory) == {"turn", "mask", "count", "longest", "density", "residual0"}
     assert memory["residual0"].values.shape == data.q.shape
 
 
@@ -233,7 +229,7 @@ def test_warmup_where_nothing_tells_the_number_of_steps(make: Any) -> None:
     assert phases == [Phase.DENSE, Phase.DENSE, Phase.SEARCH, Phase.SPARSE]
 
 
-@pytest.mark.parametrize("selection", ["mass", "pooled"])
+@pytest.mark.parametrize("selection", ["mass", "pooled", "error"])
 @pytest.mark.parametrize("unit", UNITS)
 def test_padding_is_never_read(make: Any, selection: str, unit: str) -> None:
     calls = []
@@ -250,18 +246,52 @@ def test_padding_is_never_read(make: Any, selection: str, unit: str) -> None:
         assert (out[:, text] - data.attention()[:, text]).abs().max() < 1e-12
 
 
-def test_pooled_scores(make: Any) -> None:
+def test_pooled_softmax(make: Any) -> None:
     data = make(grid=(3, 9, 13), heads=1, dtype=torch.float32)
     call = data.call()
-    scores = pooled_scores(call, 64)
+    scores = pooled_softmax(call, call.summarize(64), 64)
     assert scores.shape == (1, 1, 6, 6)
     torch.testing.assert_close(scores.sum(-1), torch.ones(1, 1, 6))
-    mean_q, mean_k = (x[0, 320:, 0].mean(0) for x in (data.q, data.k))
-    torch.testing.assert_close(block_means(data.q, 64)[0, 5, 0], mean_q)
+    mean_k = data.k[0, 320:, 0].mean(0)
     first = data.q[0, :64, 0].mean(0)
     ratio = scores[0, 0, 0, 5] / scores[0, 0, 0, 0]
     expected = (first @ (mean_k - data.k[0, :64, 0].mean(0)) * 8**-0.5).exp() * 31 / 64
     torch.testing.assert_close(ratio, expected)
+
+
+@pytest.mark.parametrize("text", [0, 40])
+def test_error_scores(make: Any, text: int) -> None:
+    """Against the definition, one pair of blocks at a time; padding and text count nothing."""
+    data = make(grid=(3, 9, 13), text=text, heads=2, sharp=1.0)
+    data.key_valid = torch.ones(1, data.layout.tokens, dtype=torch.bool)
+    data.key_valid[0, 70:90] = False
+    data.k[0, 70:90] = data.v[0, 70:90] = float("nan")
+    call = data.call()
+    scores = error_scores(call, call.summarize(64), 64)
+    video = 5 if text else 6
+    expected = torch.zeros(2, len(scores[0, 0]), video).double()
+    for head in range(2):
+        for p in range(len(scores[0, 0])):
+            query = data.q[0, 64 * p : 64 * p + 64, head].mean(0) * 8**-0.5
+            for j in range(video):
+                place = torch.arange(64 * j, min(64 * j + 64, 351))
+                place = place[data.key_valid[0, place]]
+                k, v = data.k[0, place, head], data.v[0, place, head]
+                exact = (k @ query).exp()[:, None] * v
+                mean = (k.mean(0) @ query).exp() * v.mean(0)
+                expected[head, p, j] = (exact - mean).square().sum()
+    expected /= expected.amax(-1, keepdim=True)
+    torch.testing.assert_close(scores[0, ..., :video], expected)
+    assert not scores[..., video:].any()
+
+
+def test_what_means_represent_has_no_error(make: Any) -> None:
+    data = make(grid=(4, 8, 12), heads=1)
+    for x in (data.k, data.v):
+        x[:, :64] = x[:, :1].clone()
+    call = data.call()
+    scores = error_scores(call, call.summarize(64), 64)
+    assert scores[..., 0].max() < 1e-12 and scores[..., 1:].max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import residual as residual_kernels
 from dit_sparse.methods import residual as residual_module
-from dit_sparse.methods import residual_values
 from dit_sparse.methods import transfer as transfer_module
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.residual import ResidualStore
@@ -61,7 +61,7 @@ def test_the_residual_completes_what_it_was_taken_from(
     else:
         assert (out - dense).abs().max() <= 1e-14
     # The result does not depend on how many tokens are computed at a time.
-    monkeypatch.setattr(residual_values, "_CHUNK_ELEMENTS", 7 * 2 * 3 * 8)
+    monkeypatch.setattr(residual_kernels, "_CHUNK_ELEMENTS", 7 * 2 * 3 * 8)
     assert torch.equal(Residual.between(dense, sparse, factor).values, whole.values)
     assert torch.equal(whole.add_to(sparse.clone(), factor), out)
 
