@@ -126,6 +126,8 @@ class Call:
         notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
         model: Which model this is, or None where nothing tells.
         share: Which heads these are, where others are on other devices; None where all are here.
+        models_waiting: How many other models of the pipeline have their turn later in this
+            generation, as the second expert of Wan 2.2 has; they need memory too.
     """
 
     q: Tensor
@@ -145,6 +147,7 @@ class Call:
     notes: dict[str, str] = field(default_factory=dict)
     model: ModelIdentity | None = None
     share: HeadShare | None = None
+    models_waiting: Callable[[], int] = int
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None

@@ -66,7 +66,7 @@ def part_of_turn(
         return None
     if unit == "all":
         return whole if turn // period > (turn - turns) // period else None
-    if turns >= period:
+    if turns > 1 and turns >= period:
         return whole
     last = (turn + call.layer) % period
     if unit == "heads":

@@ -432,7 +432,8 @@ def test_half_of_the_free_device_memory_is_the_default(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3_000)
     assert device_budget(ResidualOptions(), device) == 6_000
-    assert device_budget(ResidualOptions(budget_gb=2.5), device) == 2_500_000_000
+    assert device_budget(ResidualOptions(), device, models=2) == 3_000
+    assert device_budget(ResidualOptions(budget_gb=2.5), device, models=2) == 2_500_000_000
     assert device_budget(ResidualOptions(), CPU) is None
 
 
