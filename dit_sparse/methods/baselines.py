@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_sparse.methods.compensated_delta import CompensatedDelta
 
-_SEARCH_EVERY_STEP = {"delta": False, "refresh": "rows", "period": 1}
+_SEARCH_EVERY_STEP = {"delta": False, "refresh": "rows", "period": 1, "mask_period": 1}
 _NO_COMPUTE = {"density": 0.0, "summary": "drop", "refresh": "all", "period": 4}
 
 # drop: exact-mass search at the last dense step, the rest is skipped (AdaSpa, arXiv 2502.21079).

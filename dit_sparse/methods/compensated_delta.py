@@ -19,8 +19,8 @@ frozen inputs is therefore exact at any density.
 The refresh rotates: at each step one row of blocks in ``period`` is computed densely, another at
 the next step, so that no step after the warm-up is dense and the cost of steps is even. The dense
 rows bring their log-sum-exp along, and with it the exact mass of every block, from which the rows'
-masks are chosen anew. Where so few steps follow the warm-up that a residual would not come to its
-second use, nothing is refreshed and more blocks are kept instead.
+masks are chosen anew. Where few steps follow the warm-up, nothing is refreshed and more blocks are
+kept instead.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class CompensatedDelta(ResidualMethod):
         refresh: What a step refreshes: ``"rows"``, one query block in ``period``; ``"heads"``, one
             head in ``period``; ``"all"``, everything at every ``period``-th step and nothing
             between; ``"never"``, nothing after the warm-up. ``"auto"`` is ``"rows"`` where at least
-            ``period`` steps follow the warm-up, and else ``"never"`` with ``1 / period`` more
-            density, which costs the same.
+            two periods follow the warm-up, and else ``"never"`` with ``1 / period`` more density,
+            which costs the same.
         warmup: Dense steps at the start, at least 1: a number, or a share of all steps (of the
             first ones' noise range where nothing tells how many steps there are).
         summary: What skipped blocks contribute: nothing, their means, or means and slope.
@@ -80,7 +80,8 @@ class CompensatedDelta(ResidualMethod):
             twice as much, in native precision on the device.
         selection: How a refresh ranks key blocks: by exact attention mass, by the scores of
             pooled queries and keys, or by what the means of blocks get wrong.
-        mask_period: Refreshes of a row until its mask is chosen anew, too.
+        mask_period: Refreshes of a row until its mask is chosen anew, too. Masks age slowly, and
+            choosing one costs half of what a dense row costs.
         head_adaptive: Whether heads get one of three densities, by the size of what summaries add;
             the mean is ``density``. Measured where everything is refreshed.
         theta: Drift of the sparse output since the last refresh above which a layer is refreshed
@@ -105,7 +106,7 @@ class CompensatedDelta(ResidualMethod):
     fade: bool = False
     extrapolate: bool = False
     selection: Selection = "mass"
-    mask_period: int = 1
+    mask_period: int = 4
     head_adaptive: bool = False
     theta: float | None = None
     block: int = 64
@@ -219,7 +220,8 @@ class CompensatedDelta(ResidualMethod):
             return self.refresh
         if isinstance(self.period, float) or step.total is None:
             return "rows"
-        return "rows" if step.total - self._warm_steps(step.total) >= self.period else "never"
+        following = step.total - self._warm_steps(step.total)
+        return "rows" if following >= 2 * self.period else "never"
 
     def _take_turns(self, call: Call) -> int:
         """Moves the memory's turn on and says by how many; turn 0 refreshes everything.

@@ -1,8 +1,8 @@
 """How far a sparse output has moved since it was last corrected.
 
 The norm of ``S_t - S_t0`` over that of ``S_t0`` follows the same quotient of the dense output,
-which is the error of reusing it, over layers, heads and time; on the embedded model within a tenth
-up to 0.5. One query in every block is looked at.
+which is the error of reusing it, over layers, heads and time; on the embedded model mostly within a
+tenth up to 0.5. One query in every block is looked at.
 """
 
 from __future__ import annotations

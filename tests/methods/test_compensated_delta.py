@@ -336,11 +336,11 @@ def sequence(
     return done
 
 
-@pytest.mark.parametrize(("total", "turns"), [(9, False), (10, True), (30, True)])
-def test_auto_rotates_where_a_whole_period_follows_the_warmup(
+@pytest.mark.parametrize(("total", "turns"), [(9, False), (19, False), (20, True), (30, True)])
+def test_auto_rotates_where_two_periods_follow_the_warmup(
     make: Any, total: int, turns: bool
 ) -> None:
-    """10 steps: two warm up, eight follow."""
+    """20 steps: four warm up, sixteen follow."""
     calls = [make(grid=(4, 8, 16), seed=seed) for seed in range(total)]
     auto = sequence(CompensatedDelta(0.25, 8), calls)
     other = CompensatedDelta(0.25, 8, "rows") if turns else CompensatedDelta(0.375, 8, "never")
