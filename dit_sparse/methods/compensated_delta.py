@@ -307,7 +307,8 @@ class CompensatedDelta(ResidualMethod):
         memory["mask"] = call.top_blocks(scores, memory["count"], self.block, even).mask
         if self.head_adaptive and summary is not None and (wider := spread(even, video)):
             size = compensation_size(self._sparse(call, summary), self._sparse(call, None))
-            memory["count"] = level_counts(size, even, video)
+            levels = level_counts(call.heads.all_heads(size), even, video)
+            memory["count"] = call.heads.own_heads(levels)
             memory["longest"] = even + wider
             memory["mask"] = call.top_blocks(
                 scores, memory["count"], self.block, memory["longest"]

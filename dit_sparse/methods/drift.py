@@ -79,4 +79,4 @@ def drift(call: Call, out: Tensor, block: int) -> Tensor:
     moved = first_of_blocks(call, out, block).float() - reference
     over = (0, 1, 3)
     share = moved.square().sum(over) / reference.square().sum(over).clamp_min(1e-30)
-    return share.median().sqrt()
+    return call.heads.all_heads(share[None]).median().sqrt()
