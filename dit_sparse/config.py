@@ -9,9 +9,11 @@ from typing import Any
 
 from dit_sparse.kernels.ops import check_impl
 from dit_sparse.methods import Method, method_class
-from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.compensated_delta import CompensatedDelta
 
 VERSION = 1
+# The method where none is named.
+DEFAULT: type[Method] = CompensatedDelta
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class SparseConfig:
         Unsupported: If the named ``impl`` needs a package that is not installed.
     """
 
-    method: Method = field(default_factory=AdaSpa)
+    method: Method = field(default_factory=DEFAULT)
     dense_layers: tuple[int, ...] = ()
     impl: str = "auto"
     dense_padding: str = "keep"

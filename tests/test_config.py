@@ -14,6 +14,7 @@ from dit_sparse.config import VERSION, SparseConfig
 from dit_sparse.kernels import ops
 from dit_sparse.methods import list_methods
 from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.compensated_delta import CompensatedDelta
 from dit_sparse.methods.dense import FullMask
 from dit_sparse.processors.processor import SparseProcessor
 
@@ -143,7 +144,9 @@ def test_processor_takes_every_form_of_a_config(tmp_path: Path) -> None:
     assert SparseProcessor(config).config is config
     assert SparseProcessor(config.method).config == SparseConfig(config.method)
     assert SparseProcessor("adaspa", sparsity=0.5, dense_layers=(3,)).config == config
-    assert SparseProcessor(sparsity=0.5, dense_layers=(3,)).config == config
+    assert SparseProcessor(density=0.5, dense_layers=(3,)).config == SparseConfig(
+        CompensatedDelta(0.5), (3,)
+    )
     assert SparseProcessor().config == SparseConfig()
 
 

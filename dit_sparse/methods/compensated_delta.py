@@ -19,11 +19,13 @@ frozen inputs is therefore exact at any density.
 The refresh rotates: at each step one row of blocks in ``period`` is computed densely, another at
 the next step, so that no step after the warm-up is dense and the cost of steps is even. The dense
 rows bring their log-sum-exp along, and with it the exact mass of every block, from which the rows'
-masks are chosen anew.
+masks are chosen anew. Where few steps follow the warm-up, nothing is refreshed and more blocks are
+kept instead.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -31,16 +33,25 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Attended
+from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering
-from dit_sparse.mask import PackedMask
-from dit_sparse.methods.base import Call, video_blocks
+from dit_sparse.mask import Block, block_sides
+from dit_sparse.methods.base import Call, check_block, video_blocks
+from dit_sparse.methods.block_scores import error_scores, pooled_softmax
+from dit_sparse.methods.drift import Later, drift, keep_reference
+from dit_sparse.methods.head_budget import compensation_size, level_counts, spread
 from dit_sparse.methods.residual import ResidualMethod
 from dit_sparse.methods.residual_values import Residual
 from dit_sparse.methods.rotation import Part, Unit, part_of_turn, turns_since
 from dit_sparse.schedule import Phase, Step
 
+Refresh = Literal["auto", "rows", "heads", "all", "never"]
 Summary = Literal["drop", "centroid", "first_order"]
-Selection = Literal["mass", "pooled"]
+Selection = Literal["mass", "pooled", "error"]
+# Turns of a period that is given as a distance of noise levels.
+TURNS = 8
+# Noise levels beyond which the log of signal to noise says nothing any more.
+_CLEAREST = 0.01
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,13 @@ class CompensatedDelta(ResidualMethod):
     Attributes:
         density: Share of video key blocks that a query block computes exactly, in [0, 1]. With 0
             and no summary nothing is computed between refreshes: attention outputs are reused.
-        period: Steps in which every row is refreshed once.
+        period: In what everything is refreshed once: a number of steps (int), or a distance (float)
+            on the scale of :func:`log_snr`, along which outputs move evenly whatever the steps.
         refresh: What a step refreshes: ``"rows"``, one query block in ``period``; ``"heads"``, one
             head in ``period``; ``"all"``, everything at every ``period``-th step and nothing
-            between; ``"never"``, nothing after the warm-up.
+            between; ``"never"``, nothing after the warm-up. ``"auto"`` is ``"rows"`` where at least
+            two periods follow the warm-up, and else ``"never"`` with ``1 / period`` more density,
+            which costs the same.
         warmup: Dense steps at the start, at least 1: a number, or a share of all steps (of the
             first ones' noise range where nothing tells how many steps there are).
         summary: What skipped blocks contribute: nothing, their means, or means and slope.
@@ -65,9 +79,17 @@ class CompensatedDelta(ResidualMethod):
             replaced, see :func:`log_fade`. If not, it is added whole.
         extrapolate: Whether the residual is continued linearly from its last two refreshes; keeps
             twice as much, in native precision on the device.
-        selection: How a refresh ranks key blocks: by exact attention mass, or by the scores of
-            pooled queries and keys.
-        block: Tokens in a block, 64 or 128.
+        selection: How a refresh ranks key blocks: by exact attention mass, by the scores of
+            pooled queries and keys, or by what the means of blocks get wrong.
+        mask_period: Refreshes of a row until its mask is chosen anew, too. Masks age slowly, and
+            choosing one costs half of what a dense row costs.
+        head_adaptive: Whether heads get one of three densities, by the size of what summaries add;
+            the mean is ``density``. Measured where everything is refreshed.
+        theta: Drift of the sparse output since the last refresh above which a layer is refreshed
+            whole at its next step, see :func:`~dit_sparse.methods.drift.drift`; None never. Each
+            call then reads one number back that the layer's last call computed.
+        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. On Hopper query
+            blocks of 128 are faster, see docs/kernels.md.
         tile: (frames, height, width) of the boxes of tokens, or None for raster order.
 
     Raises:
@@ -78,15 +100,18 @@ class CompensatedDelta(ResidualMethod):
     splits_heads = True
 
     density: float = 0.1
-    period: int = 8
-    refresh: Unit = "rows"
+    period: int | float = 8
+    refresh: Refresh = "auto"
     warmup: int | float = 0.2
     summary: Summary = "first_order"
     delta: bool = True
     fade: bool = False
     extrapolate: bool = False
     selection: Selection = "mass"
-    block: int = 64
+    mask_period: int = 4
+    head_adaptive: bool = False
+    theta: float | None = None
+    block: Block = 64
     tile: tuple[int, int, int] | None = (4, 4, 4)
     # A default must not refuse: the residual takes what room there is.
     adapt: bool = field(default=True, kw_only=True)
@@ -102,9 +127,20 @@ class CompensatedDelta(ResidualMethod):
             raise ValueError(
                 f"density is the share of blocks kept and must be in [0, 1], got {self.density!r}"
             )
-        if not isinstance(self.period, int) or self.period < 1:
-            raise ValueError(f"period must be a number of steps, 1 or more, got {self.period!r}")
-        for name, kind in (("refresh", Unit), ("summary", Summary), ("selection", Selection)):
+        for name in ("period", "mask_period"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        if not isinstance(self.mask_period, int):
+            raise ValueError(
+                f"mask_period must be a number of refreshes, 1 or more, got {self.mask_period!r}"
+            )
+        if isinstance(self.period, float) and (self.fade or self.extrapolate):
+            raise ValueError(
+                "fade and extrapolate count the age of residuals in steps and need a period in "
+                f"steps (int), got period={self.period!r}"
+            )
+        for name, kind in (("refresh", Refresh), ("summary", Summary), ("selection", Selection)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
@@ -117,115 +153,225 @@ class CompensatedDelta(ResidualMethod):
                 "warmup must be a number of steps, 1 or more, or a share in [0, 1], got "
                 f"{self.warmup!r}"
             )
-        if self.block not in (64, 128):
-            raise ValueError(f"block must be 64 or 128 tokens, got {self.block!r}")
+        if self.theta is not None and (isinstance(self.theta, bool) or not self.theta > 0):
+            raise ValueError(f"theta must be a number above 0 or None, got {self.theta!r}")
+        check_block(self.block)
 
     @classmethod
     def exact(cls) -> CompensatedDelta:
         return cls(density=1.0, warmup=1)
 
     def attend(self, call: Call) -> Tensor:
-        memory = call.memory
         # Asked in every step, so that residuals that cannot be kept are refused in the first.
         delta = self.delta and self.residual_store(call).admit(call)
-        if "turn" not in memory and self._is_warmup(call.step):
+        if "turn" not in call.memory and self._is_warmup(call.step):
             call.record(Phase.DENSE)
             return call.dense()
-        turn = memory["turn"] = memory["turn"] + 1 if "turn" in memory else 0
+        turns = self._take_turns(call)
+        turn = call.memory["turn"]
         order = call.tile_order(self.tile)
         moved = call.ordered(order)
-        part = part_of_turn(moved, self.refresh, self.period, turn, self.block)
+        part = part_of_turn(moved, self._unit(call.step), self._turns, turn, self._rows, turns)
         if part is not None and part.call is moved:
             # A whole refresh returns the model's own output and keeps what explains it.
             dense = call.dense_with_lse()
             stop = call.search_watch.start(call.q.device)
             in_order = dense if order is None else _reordered(dense, order)
-            self._refresh(moved, part, in_order, delta, turn)
+            self._refresh(moved, part, in_order, delta)
             stop()
             call.record(Phase.SEARCH)
             return dense.out
-        if part is None:
-            out = self._sparse(moved)
+        if part is None or not (delta or self._chooses(turn)):
+            out = self._sparse(moved, self._summarize(moved))
         else:
             stop = call.search_watch.start(call.q.device)
-            dense_part = part.call.attention() if delta else None
-            out = self._refresh(moved, part, dense_part, delta, turn)
+            out = self._refresh(moved, part, part.call.attention() if delta else None, delta)
             stop()
+        if self.theta is not None:
+            call.memory["drift"] = Later.begin(drift(moved, out, self._rows))
+        call.record(Phase.SPARSE, call.memory["mask"], summary=self.summary != "drop")
+        call.head_density = self._density(moved, delta, turns)
         if delta:
-            out = self._corrected(moved, out, turn)
-        self._record(call, moved, delta)
+            return self._corrected(moved, out, order)
         return out if order is None else order.undo(out)
 
     def residuals_kept(self) -> int:
         return 2 if self.extrapolate else 1
 
+    @property
+    def _rows(self) -> int:
+        """Tokens in a query block."""
+        return block_sides(self.block)[0]
+
+    @property
+    def _columns(self) -> int:
+        """Tokens in a key block."""
+        return block_sides(self.block)[1]
+
+    @property
+    def _turns(self) -> int:
+        """Turns of a period."""
+        return self.period if isinstance(self.period, int) else TURNS
+
+    def _warm_steps(self, total: int) -> int:
+        """Dense steps at the start of ``total``, the last of which is refreshed whole."""
+        if isinstance(self.warmup, int):
+            return self.warmup
+        return max(1, round(self.warmup * total))
+
     def _is_warmup(self, step: Step) -> bool:
         """Whether ``step`` is one of the warm-up but the last, which is refreshed whole."""
-        if isinstance(self.warmup, int):
-            return step.index < self.warmup - 1
-        if step.total is None:
+        if isinstance(self.warmup, float) and step.total is None:
             return step.progress < self.warmup
-        return step.index < max(1, round(self.warmup * step.total)) - 1
+        return step.index < self._warm_steps(step.total or 0) - 1
 
-    def _record(self, call: Call, moved: Call, delta: bool) -> None:
-        mask: PackedMask = call.memory["mask"]
-        call.record(Phase.SPARSE, mask, summary=self.summary != "drop")
-        if delta and self.refresh in ("rows", "heads"):
-            # Over a period every video query meets every key once more.
-            share = moved.layout.video / moved.layout.tokens
-            call.head_density = mask.head_density + share / self.period
+    def _unit(self, step: Step) -> Unit:
+        """What is refreshed in turn."""
+        if self.refresh != "auto":
+            return self.refresh
+        if isinstance(self.period, float) or step.total is None:
+            return "rows"
+        following = step.total - self._warm_steps(step.total)
+        return "rows" if following >= 2 * self.period else "never"
 
-    def _sparse(self, call: Call) -> Tensor:
+    def _take_turns(self, call: Call) -> int:
+        """Moves the memory's turn on and says by how many; turn 0 refreshes everything.
+
+        Turns are those of calls that run: a refresh that falls into a step which a step cache skips
+        comes with the next call.
+        """
+        memory = call.memory
+        drifted = self.theta is not None and "drift" in memory and (
+            memory.pop("drift").read() > self.theta
+        )  # fmt: skip
+        if "turn" not in memory or drifted:
+            memory["turn"] = 0
+            if isinstance(self.period, float):
+                memory["start"] = log_snr(call.step.progress)
+            return 1
+        before = memory["turn"]
+        if isinstance(self.period, int):
+            memory["turn"] = before + 1
+        else:
+            # The noise level rises nowhere, but rounding may say so.
+            way = max(0.0, log_snr(call.step.progress) - memory["start"])
+            memory["turn"] = max(before, int(way / self.period * TURNS))
+        return memory["turn"] - before
+
+    def _chooses(self, turn: int) -> bool:
+        """Whether the refresh of ``turn`` chooses masks."""
+        return -(-turn // self._turns) % self.mask_period == 0
+
+    def _summarize(self, call: Call) -> BlockSummary | None:
+        if self.summary == "drop":
+            return None
+        return call.summarize(self._columns, first_order=self.summary == "first_order")
+
+    def _sparse(self, call: Call, summary: BlockSummary | None) -> Tensor:
         """The compensated sparse output of all queries; zero where nothing is computed."""
-        if self.density == 0 and self.summary == "drop" and not call.layout.text:
+        if self.density == 0 and summary is None and not call.layout.text:
             return torch.zeros_like(call.q)
-        summary = None
-        if self.summary != "drop":
-            summary = call.summarize(self.block, first_order=self.summary == "first_order")
         return call.attention(call.memory["mask"], summary).out
 
-    def _refresh(
-        self, call: Call, part: Part, dense: Attended | None, delta: bool, turn: int
-    ) -> Tensor:
-        """Chooses the masks of a part anew and remembers its residual.
+    def _refresh(self, call: Call, part: Part, dense: Attended | None, delta: bool) -> Tensor:
+        """Chooses the masks of a part anew, if that is due, and remembers its residual.
 
         Args:
             call: The whole call.
             part: What to refresh.
             dense: Dense attention of the part, where there is a residual or the model ran it.
             delta: Whether this layer keeps a residual.
-            turn: Number of this step since the warm-up.
 
         Returns:
             The sparse output of the whole call under the new masks.
         """
         memory = call.memory
-        chosen = self._choose(part.call, None if dense is None else dense.lse)
-        if part.call is call:
-            memory["mask"] = chosen
-        else:
+        summary = self._summarize(call)
+        if self._chooses(memory["turn"]):
+            self._choose(call, part, summary, None if dense is None else dense.lse)
+        out = self._sparse(call, summary)
+        if self.theta is not None:
+            keep_reference(call, part, out, self._rows)
+        if dense is not None and delta:
+            self._remember(call, part, dense.out, out)
+        return out
+
+    def _choose(
+        self, call: Call, part: Part, summary: BlockSummary | None, lse: Tensor | None
+    ) -> None:
+        """Chooses the key blocks that the queries of a part keep."""
+        memory = call.memory
+        scores = self._scores(part, summary, lse)
+        if part.call is not call:
+            count = memory["count"]
+            heads = count if count.shape[1] == 1 else count[:, part.heads]
+            chosen = part.call.top_blocks(scores, heads, self.block, memory["longest"]).mask
             part.put_bits(memory["mask"].bits, chosen.bits)
-        out = self._sparse(call)
-        if dense is None or not delta:
-            return out
+            return
+        video = video_blocks(call.layout, self._columns)
+        density = self.density
+        if self.refresh == "auto" and self._unit(call.step) == "never":
+            density = min(1.0, density + 1 / self._turns)
+        even = max(1, round(density * video)) if density else 0
+        memory["count"] = torch.full((1, 1), even, device=call.q.device)
+        memory["longest"] = even
+        memory["mask"] = call.top_blocks(scores, memory["count"], self.block, even).mask
+        if self.head_adaptive and summary is not None and (wider := spread(even, video)):
+            size = compensation_size(self._sparse(call, summary), self._sparse(call, None))
+            levels = level_counts(call.heads.all_heads(size), even, video)
+            memory["count"] = call.heads.own_heads(levels)
+            memory["longest"] = even + wider
+            memory["mask"] = call.top_blocks(
+                scores, memory["count"], self.block, memory["longest"]
+            ).mask
+
+    def _scores(self, part: Part, summary: BlockSummary | None, lse: Tensor | None) -> Tensor:
+        """How the queries of ``part`` rank key blocks, ``[batch, heads, q_blocks, kv_blocks]``."""
+        call = part.call
+        if self.selection == "mass":
+            return call.block_mass(call.row_lse() if lse is None else lse, self.block)
+        if summary is None or isinstance(part.heads, Tensor) or part.heads != slice(None):
+            summary = call.summarize(self._columns)
+        score = pooled_softmax if self.selection == "pooled" else error_scores
+        return score(call, summary, self.block)
+
+    def _density(self, call: Call, delta: bool, turns: int) -> Tensor:
+        """Density of this step, dense parts included, ``[batch | 1, heads | 1]``."""
+        density = call.memory["mask"].head_density
+        if not delta or self._unit(call.step) not in ("rows", "heads"):
+            return density
+        # In a period every video query meets every key once more.
+        share = call.layout.video / call.layout.tokens / self._turns
+        if isinstance(self.period, float):
+            return density + share * turns
+        # One tensor for all steps of one mask.
+        known = call.memory.get("density")
+        if known is None or known[0] is not density:
+            known = call.memory["density"] = (density, density + share)
+        return known[1]
+
+    def _remember(self, call: Call, part: Part, dense: Tensor, sparse: Tensor) -> None:
+        """Replaces the residual of a part."""
+        memory = call.memory
         store = self.residual_store(call)
         precision = store.options.precision
-        fresh = Residual.between(dense.out, out[part.index], precision=precision)
         if "residual0" not in memory:
-            store.put(call, fresh)
-            return out
+            store.put(call, Residual.between(dense, sparse, precision=precision, impl=call.impl))
+            return
         kept = store.get(call)
-        if self.fade:
-            age = min(turn, self.period)
-            self._calibrate(call, part, kept.read(part.index), fresh.read((slice(None),)), age)
-        if self.extrapolate:
-            if "residual1" not in memory:
-                store.put(call, Residual(torch.zeros_like(kept.values)), slot=1)
-            change = (fresh.values - kept.values[part.index]) / self.period
-            store.get(call, slot=1).replace(part.index, Residual(change))
-        kept.replace(part.index, fresh)
+        if self.fade or self.extrapolate:
+            fresh = Residual.between(dense, sparse[part.index], precision=precision)
+            if self.fade:
+                age = max(1, min(memory["turn"], self._turns))
+                old, new = kept.read(part.index), fresh.read((slice(None),))
+                self._calibrate(call, part, old, new, age)
+            if self.extrapolate:
+                if "residual1" not in memory:
+                    store.put(call, Residual(torch.zeros_like(kept.values)), slot=1)
+                change = (fresh.values - kept.values[part.index]) / self.period
+                store.get(call, slot=1).replace(part.index, Residual(change))
+        kept.update(dense, sparse, part.index, impl=call.impl)
         store.put(call, kept)
-        return out
 
     def _calibrate(self, call: Call, part: Part, old: Tensor, new: Tensor, age: int) -> None:
         """Learns how residuals fade from one that is replaced, ``age`` steps old."""
@@ -238,34 +384,37 @@ class CompensatedDelta(ResidualMethod):
             # Halfway to the new measurement: each sees a part of the rows only.
             fade[:, :, part.heads] += (measured - fade[:, :, part.heads]) / 2
 
-    def _choose(self, call: Call, lse: Tensor | None) -> PackedMask:
-        """The key blocks that the queries of ``call`` keep, every row equally many."""
-        video = video_blocks(call.layout, self.block)
-        count = max(1, round(self.density * video)) if self.density else 0
-        if self.selection == "mass":
-            scores = call.block_mass(call.row_lse() if lse is None else lse, self.block)
-        else:
-            scores = pooled_scores(call, self.block)
-        kept = torch.full((1, 1), count, device=call.q.device)
-        return call.top_blocks(scores, kept, self.block, count).mask
-
-    def _corrected(self, call: Call, out: Tensor, turn: int) -> Tensor:
-        """``out`` with what the last refresh of every query and head left to add."""
+    def _corrected(self, call: Call, out: Tensor, order: Ordering | None) -> Tensor:
+        """``out`` with what the last refresh left to add, in the model's order."""
         store = self.residual_store(call)
         residual, weight = store.get(call), None
         if "fade" in call.memory or "residual1" in call.memory:
-            age = turns_since(call, self.refresh, self.period, turn, self.block)
+            unit, turn = self._unit(call.step), call.memory["turn"]
+            age = turns_since(call, unit, self._turns, turn, self._rows)
             if "residual1" in call.memory:
                 trend = store.get(call, slot=1).values
                 residual = Residual(residual.values + trend * age.to(trend.dtype))
             if "fade" in call.memory:
                 weight = (age * call.memory["fade"]).exp().expand(1, call.q.shape[1], -1, -1)
-        out = residual.add_to(out, weight=weight)
+        out = residual.add_to(out, weight=weight, order=order, impl=call.impl)
         if call.step.total is not None and call.step.index >= call.step.total - 1:
             # Nothing follows in this generation but the decoder, which needs the room.
             for slot in range(self.residuals_kept()):
                 store.drop(call, slot)
         return out
+
+
+def log_snr(progress: float) -> float:
+    """Log of signal to noise, ``ln((1 - sigma) / sigma)``, with sigma the noise level.
+
+    Attention outputs of the embedded model move by about a third of this distance, relative to
+    their size, at every noise level and step size; along sigma itself or steps they do not.
+
+    Args:
+        progress: ``1 - sigma``; held within [0.01, 0.99].
+    """
+    signal = min(max(progress, _CLEAREST), 1 - _CLEAREST)
+    return math.log(signal / (1 - signal))
 
 
 def log_fade(old: Tensor, new: Tensor) -> Tensor:
@@ -285,28 +434,3 @@ def log_fade(old: Tensor, new: Tensor) -> Tensor:
 
 def _reordered(dense: Attended, order: Ordering) -> Attended:
     return Attended(order.apply(dense.out), order.apply(dense.lse, dim=2))
-
-
-def pooled_scores(call: Call, block: int) -> Tensor:
-    """Softmax over key blocks of the scores of mean queries and mean keys.
-
-    ``P[p, j] = softmax_j(s qbar_p.kbar_j + log n_j)``, fp32
-    ``[batch, heads, q_blocks, kv_blocks]``; blocks with text or without a valid key get 0.
-
-    Source: the block-sparse estimate of MInference (arXiv 2407.02490) and PISA (arXiv 2602.01077).
-    """
-    summary = call.summarize(block)
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    means = block_means(call.q, block)
-    scores = torch.einsum("bphd,bjhd->bhpj", means, summary.key_mean.float()) * scale
-    return (scores + summary.count.log()[:, None, None]).softmax(-1).nan_to_num()
-
-
-def block_means(x: Tensor, block: int) -> Tensor:
-    """Mean of each block of tokens, ``[batch, blocks, heads, dim]`` fp32."""
-    batch, tokens, heads, dim = x.shape
-    whole = tokens // block
-    mean = x[:, : whole * block].view(batch, whole, block, heads, dim).mean(2, dtype=torch.float32)
-    if whole * block == tokens:
-        return mean
-    return torch.cat([mean, x[:, whole * block :].float().mean(1, keepdim=True)], 1)

@@ -120,9 +120,10 @@ class ResidualStore:
         device = call.q.device
         if self._budgets is None:
             # Before anything is kept: later the residuals themselves would count as taken.
+            models = 1 + call.models_waiting()
             self._budgets = (
-                device_budget(self.options, device),
-                transfer_for(device).host_budget(),
+                device_budget(self.options, device, models),
+                transfer_for(device).host_budget() // models,
             )
         return ResidualPlan(
             self.options,
@@ -236,8 +237,9 @@ class ResidualMethod(Method):
             stream of its own.
         layers: Layers that keep one, by index in execution order; a number spreads as many evenly
             over the model; None is every layer.
-        budget_gb: Most device memory that they may take, in 10^9 bytes. None is half of what is
-            free at the first step on CUDA, and no limit elsewhere.
+        budget_gb: Most device memory that they may take, in 10^9 bytes, for each model of a
+            pipeline. None is half of what is free at the first step on CUDA, shared with experts
+            that have their turn later, and no limit elsewhere.
         adapt: Whether the other settings give way where the residuals do not fit: fewer bits, then
             host memory, then fewer layers. If not, they are refused.
 

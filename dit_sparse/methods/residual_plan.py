@@ -29,8 +29,9 @@ class ResidualOptions:
         offload: Whether they live in host memory, fetched one layer ahead of their use.
         layers: Layers that keep one, by index in execution order; a number spreads as many evenly
             over the model; None is every layer.
-        budget_gb: Most device memory that they may take, in 10^9 bytes. None is half of what is
-            free at the first step on CUDA, and no limit elsewhere.
+        budget_gb: Most device memory that they may take, in 10^9 bytes, for each model of a
+            pipeline. None is half of what is free at the first step on CUDA, shared with experts
+            that have their turn later, and no limit elsewhere.
         adapt: Whether the other settings give way where the residuals do not fit: fewer bits, then
             host memory, then fewer layers. If not, they are refused.
 
@@ -274,8 +275,14 @@ class ResidualPlan:
         )
 
 
-def device_budget(options: ResidualOptions, device: torch.device) -> int | None:
-    """Most bytes that residuals may take on ``device``; None for no limit."""
+def device_budget(options: ResidualOptions, device: torch.device, models: int = 1) -> int | None:
+    """Most bytes that residuals of one model may take on ``device``; None for no limit.
+
+    Args:
+        options: Their ``budget_gb`` is that of one model.
+        device: Where attention runs.
+        models: Models that are still to share what is free, this one included.
+    """
     if options.budget_gb is not None:
         return int(options.budget_gb * 1e9)
     if device.type != "cuda":
@@ -283,7 +290,7 @@ def device_budget(options: ResidualOptions, device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     # What the allocator holds without using it is free for us too.
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int((free + cached) * DEVICE_SHARE)
+    return int((free + cached) * DEVICE_SHARE / models)
 
 
 def _gb(count: float) -> str:

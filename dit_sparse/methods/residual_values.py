@@ -8,15 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements that are computed at a time, so that fp32 intermediates stay small.
-_CHUNK_ELEMENTS = 1 << 24
-_FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+from dit_sparse.kernels.residual import Index, add_residual, replace_residual
+from dit_sparse.layout import Ordering
 
-
-def _token_chunks(x: Tensor) -> list[slice]:
-    tokens = x.shape[1]
-    size = max(1, _CHUNK_ELEMENTS // max(1, x[:, :1].numel()))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+EVERYTHING: Index = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +29,12 @@ class Residual:
 
     @classmethod
     def between(
-        cls, dense: Tensor, sparse: Tensor, factor: Tensor | None = None, precision: str = "native"
+        cls,
+        dense: Tensor,
+        sparse: Tensor,
+        factor: Tensor | None = None,
+        precision: str = "native",
+        impl: str = "auto",
     ) -> Residual:
         """The residual of ``sparse``, in the tokens' order of both.
 
@@ -43,30 +43,39 @@ class Residual:
             sparse: Attention over the kept keys, same shape and dtype.
             factor: On the sparse output, ``[batch, tokens, heads, 1]``; None is 1.
             precision: See :class:`~dit_sparse.methods.residual_plan.ResidualOptions`.
+            impl: See :func:`~dit_sparse.kernels.residual.add_residual`.
 
-        float8 rounds an element x by at most ``max(|x| / 16, amax / 448 / 1024)`` where amax is the
-        largest absolute value of its token and head.
+        float8 rounds as :func:`~dit_sparse.kernels.residual.replace_residual` says.
         """
         kept = {"native": dense.dtype, "bfloat16": torch.bfloat16}.get(precision)
         values = torch.empty(dense.shape, dtype=kept or torch.float8_e4m3fn, device=dense.device)
         scale = None
         if kept is None:
             scale = torch.empty(*dense.shape[:-1], 1, dtype=torch.float32, device=dense.device)
-        work = torch.promote_types(dense.dtype, torch.float32)
-        one = torch.ones((), dtype=work, device=dense.device)
-        for part in _token_chunks(dense):
-            by = one if factor is None else factor[:, part]
-            missed = torch.addcmul(dense[:, part].to(work), by, sparse[:, part], value=-1)
-            if scale is not None:
-                largest = missed.abs().amax(-1, keepdim=True).float()
-                # A row of zeros needs a scale too.
-                row = (largest / _FLOAT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-                scale[:, part] = row
-                missed = (missed / row).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
-            values[:, part] = missed.to(values.dtype)
-        return cls(values, scale)
+        residual = cls(values, scale)
+        residual.update(dense, sparse, factor=factor, impl=impl)
+        return residual
 
-    def read(self, index: tuple[slice | Tensor, ...]) -> Tensor:
+    def update(
+        self,
+        dense: Tensor,
+        sparse: Tensor,
+        index: Index = EVERYTHING,
+        factor: Tensor | None = None,
+        impl: str = "auto",
+    ) -> None:
+        """Replaces the residual of some tokens and heads by a fresh one.
+
+        Args:
+            dense: Attention over all keys of these tokens and heads alone.
+            sparse: Attention over the kept keys of all tokens and heads.
+            index: Of batch, tokens and heads, slices and at most one tensor of positions.
+            factor: On the sparse output there, see :meth:`between`.
+            impl: See :func:`~dit_sparse.kernels.residual.add_residual`.
+        """
+        replace_residual(self.values, self.scale, index, dense, sparse, factor=factor, impl=impl)
+
+    def read(self, index: Index) -> Tensor:
         """The residual of some tokens and heads in fp32 (fp64 if it is kept so).
 
         Args:
@@ -79,7 +88,7 @@ class Residual:
         values = self.values[index]
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    def replace(self, index: tuple[slice | Tensor, ...], part: Residual) -> None:
+    def replace(self, index: Index, part: Residual) -> None:
         """Writes another residual of the same precision over some tokens and heads.
 
         Args:
@@ -94,27 +103,25 @@ class Residual:
                 target[index] = source
 
     def add_to(
-        self, sparse: Tensor, factor: Tensor | None = None, weight: Tensor | None = None
+        self,
+        sparse: Tensor,
+        factor: Tensor | None = None,
+        weight: Tensor | None = None,
+        order: Ordering | None = None,
+        impl: str = "auto",
     ) -> Tensor:
         """``factor * sparse + weight * residual``, computed in fp32 and written into ``sparse``.
 
         Args:
             sparse: ``[batch, tokens, heads, dim]``.
-            factor: ``[batch, tokens, heads, 1]``; None is 1.
-            weight: ``[batch | 1, tokens, heads, 1]``; None is 1.
+            factor: ``[batch | 1, tokens | 1, heads | 1, 1]``; None is 1.
+            weight: Same; None is 1.
+            order: That both are in and that the result is brought out of; None leaves it.
+            impl: See :func:`~dit_sparse.kernels.residual.add_residual`.
         """
-        work = torch.promote_types(sparse.dtype, torch.float32)
-        one = torch.ones((), dtype=work, device=sparse.device)
-        for part in _token_chunks(sparse):
-            values = self.values[:, part]
-            if self.scale is not None:
-                values = values.to(work) * self.scale[:, part]
-            if weight is not None:
-                values = values * weight[:, part].to(work)
-            by = one if factor is None else factor[:, part]
-            out = sparse[:, part]
-            torch.addcmul(values, by.to(work), out, out=out)
-        return sparse
+        return add_residual(
+            sparse, self.values, self.scale, factor=factor, weight=weight, order=order, impl=impl
+        )
 
 
 @dataclass(frozen=True, eq=False)

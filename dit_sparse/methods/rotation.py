@@ -27,7 +27,7 @@ class Part:
 
     call: Call
     rows: Tensor | None
-    blocks: slice
+    blocks: slice | Tensor
     heads: slice | Tensor
 
     @property
@@ -40,7 +40,9 @@ class Part:
         bits[:, self.heads, self.blocks] = value
 
 
-def part_of_turn(call: Call, unit: Unit, period: int, turn: int, block: int) -> Part | None:
+def part_of_turn(
+    call: Call, unit: Unit, period: int, turn: int, block: int, turns: int = 1
+) -> Part | None:
     """What turn number ``turn`` refreshes, or None if nothing.
 
     Every ``period`` turns each video query block (``"rows"``) or each head (``"heads"``) has its
@@ -53,21 +55,31 @@ def part_of_turn(call: Call, unit: Unit, period: int, turn: int, block: int) -> 
         period: Turns until all had theirs.
         turn: 0-based.
         block: Tokens in a query block.
+        turns: Turns that this call takes at once, the last of them ``turn``; with 0 nothing but
+            turn 0 is refreshed.
     """
     everything = slice(None)
-    if turn == 0 or (unit == "all" and turn % period == 0):
-        return Part(call, None, everything, everything)
-    first = (turn + call.layer) % period
-    if unit == "heads" and first < call.heads.total:
-        heads = call.heads.places(lambda number: number % period == first)
-        if heads == slice(0, 0):
+    whole = Part(call, None, everything, everything)
+    if turn == 0:
+        return whole
+    if unit == "never" or turns == 0:
+        return None
+    if unit == "all":
+        return whole if turn // period > (turn - turns) // period else None
+    if turns > 1 and turns >= period:
+        return whole
+    last = (turn + call.layer) % period
+    if unit == "heads":
+        heads = call.heads.places(lambda number: (last - number) % period < turns)
+        if isinstance(heads, slice) and heads == slice(0, 0):
             return None
         return Part(call.part(heads=heads), None, everything, heads)
-    if unit == "rows" and first < video_blocks(call.layout, block):
-        blocks = slice(first, video_blocks(call.layout, block), period)
-        rows = _tokens_of(blocks.start, blocks.stop, period, block, call.q.shape[1], call.q.device)
-        return Part(call.part(rows=rows), rows, blocks, everything)
-    return None
+    video = video_blocks(call.layout, block)
+    blocks = _places(last, turns, period, video, call.q.device)
+    if blocks is None:
+        return None
+    rows = _tokens_of(last, turns, period, video, block, call.q.shape[1], call.q.device)
+    return Part(call.part(rows=rows), rows, blocks, everything)
 
 
 def turns_since(call: Call, unit: Unit, period: int, turn: int, block: int) -> Tensor:
@@ -94,10 +106,31 @@ def turns_since(call: Call, unit: Unit, period: int, turn: int, block: int) -> T
 
 
 @lru_cache(maxsize=256)
+def _places(
+    last: int, turns: int, period: int, count: int, device: torch.device
+) -> slice | Tensor | None:
+    """Which of ``count`` places have their turn in ``turns`` turns that end with place ``last``.
+
+    A slice where it is one turn, else positions, ascending; None if there are none.
+    """
+    if last < count and turns == 1:
+        return slice(last, count, period)
+    places = [n for n in range(count) if (last - n) % period < turns]
+    return torch.tensor(places, device=device) if places else None
+
+
+@lru_cache(maxsize=256)
 def _tokens_of(
-    start: int, stop: int, step: int, block: int, tokens: int, device: torch.device
+    last: int,
+    turns: int,
+    period: int,
+    count: int,
+    block: int,
+    tokens: int,
+    device: torch.device,
 ) -> Tensor:
-    """Positions of the tokens of the blocks ``range(start, stop, step)``, ascending."""
-    blocks = torch.arange(start, stop, step)
+    """Positions of the tokens of the blocks at :func:`_places`, ascending."""
+    blocks = torch.arange(count)
+    blocks = blocks[(last - blocks) % period < turns]
     positions = (blocks[:, None] * block + torch.arange(block)).flatten()
     return positions[positions < tokens].to(device)

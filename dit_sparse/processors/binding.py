@@ -136,6 +136,14 @@ class Binding:
                 site.original = processor
                 _set_processor(site.module, wrapped)
 
+    def models_waiting(self) -> int:
+        """Other models that were bound with this pipeline and have not begun this generation."""
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is None or self.owner is None:
+            return 0
+        others = [b for b in self.owner.bindings if b is not self and b._pipeline is not None]
+        return sum(b._pipeline() is pipeline and b.run.is_idle for b in others)
+
     def is_active(self) -> bool:
         """Whether any site still holds our processor."""
         return any(site_of(site.module.processor) is site for site in self.sites)

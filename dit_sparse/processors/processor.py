@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from dit_sparse.config import SparseConfig
+from dit_sparse.config import DEFAULT, SparseConfig
 from dit_sparse.methods.base import Method
 from dit_sparse.processors.binding import Binding, binding_of
 from dit_sparse.processors.checks import check_bindable
@@ -189,7 +189,7 @@ def _modules(pipeline: Any) -> Iterator[nn.Module]:
 
 def _as_config(config: Any, options: dict[str, Any]) -> SparseConfig:
     if config is None:
-        return SparseConfig.from_name("adaspa", **options)
+        return SparseConfig.from_name(DEFAULT.name, **options)
     if isinstance(config, str) and not config.endswith(".json"):
         return SparseConfig.from_name(config, **options)
     if options:

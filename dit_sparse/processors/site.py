@@ -128,6 +128,7 @@ class Site:
             notes=run.notes,
             model=binding.identity,
             share=None if exchange is None else exchange.share(),
+            models_waiting=binding.models_waiting,
         )
         stop = run.attention_watch.start(q.device)
         out = operands.leave(binding.attend(call))

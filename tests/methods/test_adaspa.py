@@ -317,6 +317,24 @@ def test_rows_of_a_head_keep_equally_many_video_blocks(
         assert (counts == 4).all()
 
 
+@pytest.mark.parametrize(("text", "order"), TEXTS)
+@pytest.mark.parametrize("block", [(128, 64), (64, 128)])
+def test_query_and_key_blocks_may_differ(
+    make: Any, text: int, order: str, block: tuple[int, int]
+) -> None:
+    data = make(grid=(4, 8, 20), text=text, order=order)
+    mask = found(AdaSpa(0.6, (0,), head_adaptive=False, block=block), data)
+    assert mask.block == block
+    rows, columns = 640 // block[0], 640 // block[1]
+    kept = mask.dense()
+    assert (kept[..., :rows, :columns].sum(-1) == round(0.4 * columns)).all()
+    assert kept[..., rows:, :].all() and kept[..., columns:].all()
+    exact = AdaSpa(0.0, (0, 0.5), block=block)
+    memory: dict[str, Any] = {}
+    exact.attend(data.call(0, memory))
+    assert (exact.attend(data.call(1, memory)) - data.attention()).abs().max() < 1e-12
+
+
 def test_head_adaptive_search_moves_budget_from_easy_to_hard_heads(make: Any) -> None:
     data = make(grid=(4, 8, 20), heads=4, sharp=0.1, dim=16)
     # Head 2 looks only at keys of its own block: all of its mass is in one block of ten.

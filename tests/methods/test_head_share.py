@@ -30,6 +30,9 @@ def settings() -> dict[str, Method]:
     found["adaspa guarded"] = AdaSpa(sparsity=0.5, search=(2, 4), staleness=1e-3)
     plan = tuple(tuple((layer + head) % 3 for head in range(HEADS)) for layer in range(LAYERS))
     found["moa planned"] = MoA(plan=plan)
+    found["delta by drift and level"] = CompensatedDelta(
+        density=0.3, period=2.5, refresh="heads", head_adaptive=True, theta=0.6, warmup=1
+    )
     for refresh in ("heads", "rows"):
         found[f"delta by {refresh}"] = CompensatedDelta(refresh=refresh, period=3, warmup=2)
     return found

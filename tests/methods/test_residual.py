@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import residual as residual_kernels
 from dit_sparse.methods import residual as residual_module
-from dit_sparse.methods import residual_values
 from dit_sparse.methods import transfer as transfer_module
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.residual import ResidualStore
@@ -61,7 +61,7 @@ def test_the_residual_completes_what_it_was_taken_from(
     else:
         assert (out - dense).abs().max() <= 1e-14
     # The result does not depend on how many tokens are computed at a time.
-    monkeypatch.setattr(residual_values, "_CHUNK_ELEMENTS", 7 * 2 * 3 * 8)
+    monkeypatch.setattr(residual_kernels, "_CHUNK_ELEMENTS", 7 * 2 * 3 * 8)
     assert torch.equal(Residual.between(dense, sparse, factor).values, whole.values)
     assert torch.equal(whole.add_to(sparse.clone(), factor), out)
 
@@ -432,7 +432,8 @@ def test_half_of_the_free_device_memory_is_the_default(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3_000)
     assert device_budget(ResidualOptions(), device) == 6_000
-    assert device_budget(ResidualOptions(budget_gb=2.5), device) == 2_500_000_000
+    assert device_budget(ResidualOptions(), device, models=2) == 3_000
+    assert device_budget(ResidualOptions(budget_gb=2.5), device, models=2) == 2_500_000_000
     assert device_budget(ResidualOptions(), CPU) is None
 
 

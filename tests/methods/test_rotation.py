@@ -59,3 +59,33 @@ def test_layers_take_turns_at_different_places(make: Any) -> None:
         assert part is not None and part.rows is not None
         first.append(int(part.rows[0]))
     assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("unit", ["rows", "heads", "all"])
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+def test_turns_taken_at_once_refresh_what_they_would_one_by_one(
+    make: Any, unit: str, turns: int
+) -> None:
+    data = make(grid=(3, 9, 13), text=11, heads=7)
+    call = data.call().ordered(data.call().tile_order((2, 4, 4)))
+    call.layer = 1
+
+    def touched(turn: int, at_once: int) -> torch.Tensor:
+        there = torch.zeros(data.q.shape[:3], dtype=torch.bool)
+        part = part_of_turn(call, unit, 5, turn, 64, at_once)
+        if part is not None:
+            there[part.index] = True
+            assert torch.equal(part.call.k, call.k[:, :, part.heads])
+        return there[:, : data.layout.video // 64 * 64]
+
+    for turn in range(turns, 3 * turns + 1):
+        singly = torch.stack([touched(turn - n, 1) for n in range(turns)]).any(0)
+        if turn >= turns and turn - turns >= 0 and singly.all():
+            assert touched(turn, turns).all()
+        else:
+            assert torch.equal(touched(turn, turns), singly)
+
+
+def test_no_turn_refreshes_nothing(make: Any) -> None:
+    assert part_of_turn(make().call(), "rows", 4, 3, 64, turns=0) is None
+    assert part_of_turn(make().call(), "rows", 4, 0, 64, turns=0) is not None
