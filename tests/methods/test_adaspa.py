@@ -329,7 +329,7 @@ def test_query_and_key_blocks_may_differ(
     kept = mask.dense()
     assert (kept[..., :rows, :columns].sum(-1) == round(0.4 * columns)).all()
     assert kept[..., rows:, :].all() and kept[..., columns:].all()
-    exact = AdaSpa(0.0, (0, 0.5), block=block)
+    exact = AdaSpa(0.0, (0, 9), block=block)
     memory: dict[str, Any] = {}
     exact.attend(data.call(0, memory))
     assert (exact.attend(data.call(1, memory)) - data.attention()).abs().max() < 1e-12
