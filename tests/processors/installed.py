@@ -1,0 +1,36 @@
+"""What of diffusers exists in the installed version."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import WanTransformer3DModel
+from diffusers.hooks import HookRegistry, hooks
+
+from dit_sparse.processors.hooks import tells_steps
+
+# Newer versions put the name into an object that may tell the step as well.
+CacheContext: Any = getattr(hooks, "CacheContext", None)
+needs_step_context = pytest.mark.skipif(
+    not tells_steps(WanTransformer3DModel),
+    reason="this diffusers passes names alone through cache_context",
+)
+
+
+def find(module: str, name: str) -> Any:
+    """``name`` of ``module``; skips the test where the installed version lacks it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+
+
+def set_cache_context(model: Any, context: Any) -> None:
+    """What ``model.cache_context`` does on its way in (a context) and out (None)."""
+    if CacheContext is not None:
+        hooks._set_cache_context(model, context)
+    else:
+        HookRegistry.check_if_exists_or_initialize(model)._set_context(context)
