@@ -4,8 +4,8 @@ The denoiser is a stock `WanTransformer3DModel` and the loop is that of `WanPipe
 that works on Wan (attention processors, cache hooks, CPU offload) works here without special cases.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed: older versions of diffusers read the components' classes from
+# those of __init__.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -6,11 +6,13 @@ import importlib
 from typing import Any
 
 import diffusers
+import diffusers.models.transformers as transformers
 import pytest
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, hooks
 
 from dit_sparse.processors.hooks import tells_steps
+from dit_sparse.processors.table import transformer_classes
 
 # Newer versions put the name into an object that may tell the step as well.
 CacheContext: Any = getattr(hooks, "CacheContext", None)
@@ -21,11 +23,20 @@ needs_step_context = pytest.mark.skipif(
 
 
 def find(module: str, name: str) -> Any:
-    """``name`` of ``module``; skips the test where the installed version lacks it."""
+    """``name`` of ``module``; skips the test where the installed version lacks it.
+
+    Of ``diffusers.models.transformers`` also classes that it does not export.
+    """
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+        pass
+    except RuntimeError as error:
+        # Some pipelines of older versions import optional packages without asking.
+        pytest.skip(f"diffusers {diffusers.__version__} cannot import {name}: {error.__cause__}")
+    if module == transformers.__name__ and name in transformer_classes():
+        return transformer_classes()[name]
+    pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
 
 
 def set_cache_context(model: Any, context: Any) -> None:
