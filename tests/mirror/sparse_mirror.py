@@ -16,6 +16,7 @@ stand-ins for the tiny components that the tests load from the hub. docs/mirror.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -110,6 +111,10 @@ class Mirror:
                 self.left_dense[f"{type(model).__name__}: {refusal}"] += 1
 
         kind.__init__ = constructed
+
+    def pytest_collection_finish(self) -> None:
+        # Every test collects garbage twice: seconds each, if it looks through all that was imported.
+        gc.freeze()
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

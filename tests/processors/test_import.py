@@ -65,7 +65,7 @@ try:
     SparseProcessor(impl="triton")
 except NotImplementedError as error:
     print(error)
-print("triton" in sys.modules, dit_sparse.SparseProcessor is SparseProcessor)
+print(sys.modules.get("triton") is not None, dit_sparse.SparseProcessor is SparseProcessor)
 """
 
 
