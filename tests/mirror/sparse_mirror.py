@@ -113,7 +113,7 @@ class Mirror:
         kind.__init__ = constructed
 
     def pytest_collection_finish(self) -> None:
-        # Every test collects garbage twice: seconds each, if it looks through all that was imported.
+        # Every test collects garbage twice, for seconds if all that was imported is looked through.
         gc.freeze()
 
     @pytest.hookimpl(hookwrapper=True)

@@ -16,6 +16,7 @@ from installed import find, needs_step_context
 
 from dit_sparse import SparseProcessor, enable_sparse_attention
 from dit_sparse.methods.base import Call
+from dit_sparse.processors.moment import Moment
 
 # Dense, search, sparse, refresh, sparse over five steps.
 SETTINGS = {"sparsity": 0.5, "search": (2, 4)}
@@ -205,3 +206,14 @@ def test_the_context_tells_the_noise_of_a_model_without_pipeline(
         with model.cache_context("cond", **fields):
             model(**inputs(900.0 - 300 * index))
     assert [call.step.progress for call in calls[::2]] == pytest.approx([0.0, 1 / 3, 2 / 3])
+
+
+def test_timesteps_on_another_scale_do_not_tell_the_place() -> None:
+    """Z-Image counts from 0 to 1, which makes of a scheduler's 1000 ... 0 what rises to 1."""
+    rising = tuple(1 - t for t in (1000.0, 667.0, 333.0, 0.0))
+    first = Moment.read(None, torch.tensor([1.0]), rising)
+    assert (first.position, first.total) == (None, 4)
+    assert Moment.read(None, torch.tensor([1.0]), (1.0, 0.7, 0.3)).position == 0
+    # Mochi counts upwards on the scheduler's own scale.
+    falling = tuple(1000 - t for t in (0.0, 300.0, 700.0))
+    assert Moment.read(None, torch.tensor([300.0]), falling).position == 2

@@ -138,6 +138,14 @@ class TestKeysWithoutQueries:
             references = range(7, 7 + call.layout.text_before - 7)
             assert has_query.logical_not().nonzero().flatten().tolist() == list(references)
 
+    def test_flux2_with_a_key_cache_that_its_processors_ignore(self, calls: list[Call]) -> None:
+        tiny = TINY["Flux2Transformer2DModel"]
+        cache = find("diffusers.models.transformers.transformer_flux2", "Flux2KVCache")
+        kept = cache(num_double_layers=1, num_single_layers=2)
+        kept.num_ref_tokens = 6
+        assert_same(tiny.build(), inputs_of(tiny, kv_cache=kept, kv_cache_mode="cached"))
+        assert {call.layout.text_before for call in calls} == {7}
+
     def test_glm_image_with_condition_images(self, calls: list[Call]) -> None:
         tiny = TINY["GlmImageTransformer2DModel"]
         model = tiny.build()
