@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 import diffusers
 import diffusers.models.transformers as transformers
 import pytest
+import torch
 from diffusers import WanTransformer3DModel
-from diffusers.hooks import HookRegistry, hooks
+from diffusers.hooks import HookRegistry, apply_group_offloading, hooks
 
 from dit_sparse.processors.hooks import tells_steps
 from dit_sparse.processors.table import transformer_classes
@@ -45,3 +47,14 @@ def set_cache_context(model: Any, context: Any) -> None:
         hooks._set_cache_context(model, context)
     else:
         HookRegistry.check_if_exists_or_initialize(model)._set_context(context)
+
+
+@functools.cache
+def offloads_groups() -> bool:
+    """Whether group offload runs here: older versions ask for the type of the accelerator."""
+    cpu = torch.device("cpu")
+    try:
+        apply_group_offloading(torch.nn.Linear(1, 1), cpu, cpu, offload_type="leaf_level")
+    except AttributeError:
+        return False
+    return True
