@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -35,7 +36,13 @@ from dit_sparse.processors.table import transformer_classes
 
 # What a test that wants a file of the hub fails with where there is none.
 HUB_ERRORS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "EntryNotFoundError")
-HUB_WORDS = ("is the correct path to a directory", "couldn't connect", "offline mode", "HF_HUB_OF")
+HUB_WORDS = (
+    "is the correct path to a directory",
+    "couldn't connect",
+    "does not appear to have a file",
+    "offline mode",
+    "HF_HUB_OF",
+)
 
 
 RESULTS = ("passed", "failed", "skipped", "hub", "training")
@@ -119,14 +126,14 @@ class Mirror:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.calls = 0
-        self.outcomes[item.nodeid] = outcome = Outcome()
+        self.outcomes[name_of(item)] = outcome = Outcome()
         yield
         outcome.calls = self.calls
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
         report = (yield).get_result()
-        outcome = self.outcomes[item.nodeid]
+        outcome = self.outcomes[name_of(item)]
         if report.passed or (outcome.result != "passed" and report.when == "teardown"):
             return
         outcome.result = report.outcome
@@ -171,6 +178,11 @@ class Mirror:
         lines.append(f"{len(again) - len(only)} fail without it as well, {len(only)} do not")
         lines += [f"  {name} - {with_it[name].message}" for name in only]
         return lines
+
+
+def name_of(item: pytest.Item) -> str:
+    """The id of ``item`` from the working directory; pytest's own depends on what else runs."""
+    return f"{os.path.relpath(item.path)}::{item.nodeid.partition('::')[2]}"
 
 
 def is_gradient_error(error: BaseException) -> bool:
