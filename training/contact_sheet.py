@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dit_sparse.pipelines.embedded import dtype_argument
 from dit_sparse.pipelines.emoji_video import EmojiVideoPipeline
 from training.train import build_clips, codec_psnr, parse_size
 
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     frames, height, width = parse_size(options.size)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = EmojiVideoPipeline.from_pretrained(str(options.model), dtype=dtype).to(device)
+    pipe = EmojiVideoPipeline.from_pretrained(str(options.model), **dtype_argument(dtype))
+    pipe.to(device)
     pipe.set_progress_bar_config(mininterval=2.0)
     prompts = read_prompts(options.prompts, options.count)
     rows = []

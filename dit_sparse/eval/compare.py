@@ -336,8 +336,12 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     else:
         from diffusers import DiffusionPipeline
 
+        from dit_sparse.pipelines.embedded import dtype_argument
+
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype).to(device)
+            pipe = DiffusionPipeline.from_pretrained(model, **dtype_argument(torch_dtype)).to(
+                device
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"expected a diffusers pipeline at {model!r}, got: {error}") from error
     return pipe

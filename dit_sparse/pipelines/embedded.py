@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers.utils import deprecation_utils
 
 from dit_sparse.pipelines.emoji_video import EmojiVideoPipeline
 
@@ -49,6 +50,12 @@ def _check_file(path: Path, repair: str) -> None:
         ) from error
 
 
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """``dtype`` under the name that ``from_pretrained`` of the installed diffusers gives it."""
+    is_renamed = hasattr(deprecation_utils, "_resolve_dtype")
+    return {"dtype" if is_renamed else "torch_dtype": dtype}
+
+
 def load_embedded(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -76,5 +83,7 @@ def load_embedded(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = EmojiVideoPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    pipe = EmojiVideoPipeline.from_pretrained(
+        str(folder), **dtype_argument(dtype), local_files_only=True
+    )
     return pipe.to(device)

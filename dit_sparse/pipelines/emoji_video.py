@@ -4,8 +4,8 @@ The denoiser is a stock `WanTransformer3DModel` and the loop is that of `WanPipe
 that works on Wan (attention processors, cache hooks, CPU offload) works here without special cases.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed: older versions of diffusers read the components' classes from
+# those of __init__.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from diffusers.video_processor import VideoProcessor
 
 from dit_sparse.pipelines.codec import PatchCodec
 from dit_sparse.pipelines.text_encoder import CaptionEncoder
+from dit_sparse.processors.hooks import tells_steps
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 
@@ -269,11 +270,13 @@ class EmojiVideoPipeline(DiffusionPipeline):
                 self._current_timestep = t
                 latent_model_input = latents.to(transformer_dtype)
                 timestep = t.expand(latents.shape[0])
-                step_fields = {
-                    "step_index": i,
-                    "sigma": sigmas[i],
-                    "num_inference_steps": self._num_timesteps,
-                }
+                step_fields: dict[str, Any] = {}
+                if tells_steps(self.transformer):
+                    step_fields = {
+                        "step_index": i,
+                        "sigma": sigmas[i],
+                        "num_inference_steps": self._num_timesteps,
+                    }
                 with self.transformer.cache_context("cond", **step_fields):
                     noise_pred = self.transformer(
                         hidden_states=latent_model_input,

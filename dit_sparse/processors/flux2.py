@@ -26,9 +26,15 @@ class Flux2(Flux):
 
     def text(self, model: Any, arguments: Arguments) -> int:
         references = 0
-        if arguments.get("kv_cache_mode") == "cached" and arguments.get("kv_cache") is not None:
+        is_cached = arguments.get("kv_cache_mode") == "cached"
+        if is_cached and arguments.get("kv_cache") is not None and self._reads_cache(model):
             references = arguments["kv_cache"].num_ref_tokens
         return arguments["encoder_hidden_states"].shape[1] + references
+
+    def _reads_cache(self, model: Any) -> bool:
+        # The model's default processors ignore the cache that its forward takes.
+        processor = model.transformer_blocks[0].attn.processor
+        return any(kind.__name__ in self.side_calls for kind in type(processor).__mro__)
 
     def encode(self, model: Any, arguments: Arguments) -> tuple[list[int], Tensor | None]:
         numbers, positions = super().encode(model, arguments)

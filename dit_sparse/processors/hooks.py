@@ -27,7 +27,7 @@ class _ContextListener(StateManager):
     """Hears what a pipeline tells through ``cache_context``: branch and, in newer ones, step.
 
     diffusers writes the context into every StateManager of every stateful hook. Versions before
-    CacheContext passed the bare name.
+    CacheContext passed the bare name; see :func:`tells_steps`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,6 +39,12 @@ class _ContextListener(StateManager):
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         self.run.end_generation()
+
+
+def tells_steps(model: Any) -> bool:
+    """Whether ``model.cache_context`` takes the step beside the name (diffusers 0.41 and newer)."""
+    parameters = inspect.signature(model.cache_context).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 class _NamedContext:

@@ -44,7 +44,8 @@ def read_mask(
     """Reads the mask that a processor passes to its attention call.
 
     Args:
-        mask: None; bool ``[batch, 1, 1, tokens]`` or ``[batch, tokens]``; floating point
+        mask: None; bool ``[batch, 1, 1, tokens]``, also expanded over heads and queries, or
+            ``[batch, tokens]``; floating point
             ``[batch, heads, 1, tokens]`` holding 0 and penalties below -5000; or, where ``outer``,
             ``[batch, 1, tokens, tokens]``.
         batch: Batch size of the queries.
@@ -62,6 +63,11 @@ def read_mask(
     tokens, shape = layout.tokens, tuple(mask.shape)
     if shape[-1] == tokens and mask.ndim == 2 and mask.dtype == torch.bool:
         return MaskReading(valid=mask.expand(batch, -1))
+    if mask.ndim == 4:
+        # Expanded dimensions have stride 0: one row in memory, whatever the shape says.
+        heads, queries = (1 if mask.stride(axis) == 0 else shape[axis] for axis in (1, 2))
+        mask = mask[:, :heads, :queries]
+        shape = tuple(mask.shape)
     if shape[-1] == tokens and mask.ndim == 4 and shape[2] == 1:
         if mask.dtype == torch.bool and shape[1] == 1:
             return MaskReading(valid=mask[:, 0, 0].expand(batch, -1))

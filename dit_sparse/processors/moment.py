@@ -73,9 +73,9 @@ class Moment:
             return cls(name, index, total, value, index, _noise(context, told, timesteps))
         # Some pipelines cast the timestep to the dtype of the latents; others scale it to [0, 1],
         # which leaves its place among the scheduler's unknown: their first is 1, and 1 may be the
-        # scheduler's last.
+        # scheduler's last. A noise level that rises was made of timesteps on another scale.
         known = torch.tensor(timesteps or (), dtype=torch.float64).to(timestep.dtype).tolist()
-        is_place = value in known and (value > 1 or known[0] <= 1)
+        is_place = value in known and known[0] >= known[-1] and (value > 1 or known[0] <= 1)
         place = known.index(value) if is_place else None
         return cls(name, None, total, value, place, _noise(context, place, timesteps))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -88,3 +88,16 @@ def _(
     sdpa: bool,
 ) -> Tensor:
     return q.new_empty(q.shape)
+
+
+NO_GRADIENT = (
+    "sparse attention is for inference and has no gradient; take it off the model before training "
+    "(remove() of its processor, or disable_sparse_attention), and put it on again afterwards"
+)
+
+
+def _backward(context: Any, gradient: Tensor) -> None:
+    raise NotImplementedError(NO_GRADIENT)
+
+
+self_attention.register_autograd(_backward)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dit_sparse.processors.family import list_families
@@ -119,6 +120,7 @@ def family_rows() -> list[Row]:
     return rows
 
 
+@lru_cache(maxsize=1)
 def transformer_classes() -> dict[str, Any]:
     """Every class of diffusers' transformers, by name."""
     import diffusers.models.transformers as package

@@ -49,6 +49,7 @@ def test_identifiers_that_match_nothing(family: str) -> None:
         pytest.warns(UserWarning, match="TaylorSeerCacheConfig .* caches nothing") as told,
     ):
         tiny.run(pipe, steps=6)
+    told = [warning for warning in told if "caches nothing" in str(warning.message)]
     assert len(told) == 1
     with (
         enable_sparse_attention(pipe, "dense", strict=True),
@@ -78,7 +79,7 @@ def test_a_cache_that_hands_one_pass_to_the_other(first: str) -> None:
             pipe.transformer.enable_cache(broadcast(pipe))
         with pytest.warns(UserWarning, match=r"passes .* apart \(cond, uncond\)") as told:
             tiny.run(pipe)
-        assert len(told) == 1
+        assert sum("apart" in str(warning.message) for warning in told) == 1
         # Every conditional pass computes, and the unconditional one never does.
         assert {layer["branch"] for layer in sparse.report().layers} == {"cond"}
     with (

@@ -43,6 +43,8 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        # The dispatcher of older versions of diffusers asks for torch's version.
+        warnings.filterwarnings("ignore", ".*lru_cache.*attention_dispatch", UserWarning)
         yield
     torch.compiler.reset()
 

@@ -77,7 +77,7 @@ def test_dense_steps_run_the_users_attention_backend(
     assert equal(out[:2], upstream[:2]) and not equal(out[2:], upstream[2:])
     sparse.remove()
     # The choice is the processors' own, also without the default that was set beside it.
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
     assert equal(generation(model, inputs), upstream)
     assert backend_calls.count("self") == 4 + 8
 

@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 import pytest
-from diffusers.hooks import MagCacheConfig
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from installed import find
 
 from dit_sparse import SparseConfig, enable_sparse_attention
 from dit_sparse.processors.binding import LONE_STEPS
@@ -134,7 +134,7 @@ def test_ordinary_use_is_silent(clip: Any, wan: Any, inputs: Any) -> None:
             sparse.reset()
             # A dense warm-up, and steps that a cache skips as a whole, are no loss.
             run.pipe.transformer.enable_cache(
-                MagCacheConfig(
+                find("diffusers.hooks", "MagCacheConfig")(
                     threshold=10.0, max_skip_steps=2, num_inference_steps=8, mag_ratios=[1.0] * 8
                 )
             )

@@ -49,12 +49,17 @@ class TestMasks:
         for found in (
             self.read(self.valid),
             self.read(self.valid[:, None, None]),
+            self.read(self.valid[:, None, None].expand(-1, 3, 5, -1)),
             self.read(square, outer=True),
             self.read(square.expand(-1, 3, -1, -1), outer=True),
             self.read(penalty, penalty=True),
         ):
             assert found is not None
             assert torch.equal(found, self.valid)
+
+    def test_a_mask_written_out_for_heads_and_queries_is_refused(self) -> None:
+        with pytest.raises(NotImplementedError, match=r"padding mask.*\(2, 3, 5, 7\)"):
+            self.read(self.valid[:, None, None].expand(-1, 3, 5, -1).contiguous())
 
     def test_one_mask_serves_the_batch(self) -> None:
         found = self.read(self.valid[1:, None, None])

@@ -7,10 +7,10 @@ to. ``Run`` has to find that out from contexts, timesteps and layer indices.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import CacheContext
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -165,7 +165,7 @@ class World:
         if plan.tells != "nothing":
             fields = {"step_index": place, "num_inference_steps": len(evaluations)}
             name = "cond_uncond" if plan.batch == (2,) else ("cond", "uncond")[branch]
-            run.context = CacheContext(name, **(fields if plan.tells == "fields" else {}))
+            run.context = SimpleNamespace(name=name, **fields if plan.tells == "fields" else {})
         if not self.compiled:
             run.begin_forward(torch.tensor([levels[step]]))
         if layers or not self.compiled:

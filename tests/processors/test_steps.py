@@ -9,13 +9,14 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.hooks import (
     FirstBlockCacheConfig,
-    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
+from installed import find, needs_step_context
 
 from dit_sparse import SparseProcessor, enable_sparse_attention
 from dit_sparse.methods.base import Call
+from dit_sparse.processors.moment import Moment
 
 # Dense, search, sparse, refresh, sparse over five steps.
 SETTINGS = {"sparsity": 0.5, "search": (2, 4)}
@@ -70,8 +71,14 @@ def test_without_a_pipeline_shares_are_read_on_the_noise_scale(
     for t in (1000.0, 800.0, 600.0, 400.0):
         model(**inputs(t))
     assert phases() == {"call": ["dense", "dense", "search", "sparse"]}
-    # A pipeline that tells the step but not how many there are.
-    calls.clear()
+
+
+@needs_step_context
+def test_a_step_is_told_without_their_number(
+    wan: Any, inputs: Any, calls: list[Call], phases: Any
+) -> None:
+    model = wan()
+    model.set_attn_processor(SparseProcessor("adaspa", sparsity=0.5, search=(0.3, 0.6)))
     for index, t in enumerate((1000.0, 800.0, 600.0, 400.0)):
         with model.cache_context("cond", step_index=index):
             model(**inputs(t))
@@ -96,7 +103,7 @@ def test_a_bf16_timestep_is_found_among_the_schedulers(clip: Any, calls: list[Ca
 
 STEP_CACHES = {
     "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.1),
-    "mag": lambda pipe: MagCacheConfig(
+    "mag": lambda pipe: find("diffusers.hooks", "MagCacheConfig")(
         threshold=10.0, max_skip_steps=1, retention_ratio=0.2, num_inference_steps=8,
         mag_ratios=[1.0] * 8,
     ),
@@ -179,6 +186,7 @@ def test_the_second_expert_goes_on_where_the_first_one_stopped(
     assert {"transformer", "transformer_2"} == set(experts)
 
 
+@needs_step_context
 def test_the_context_tells_the_noise_of_a_model_without_pipeline(
     wan: Any, inputs: Any, calls: list[Call]
 ) -> None:
@@ -198,3 +206,14 @@ def test_the_context_tells_the_noise_of_a_model_without_pipeline(
         with model.cache_context("cond", **fields):
             model(**inputs(900.0 - 300 * index))
     assert [call.step.progress for call in calls[::2]] == pytest.approx([0.0, 1 / 3, 2 / 3])
+
+
+def test_timesteps_on_another_scale_do_not_tell_the_place() -> None:
+    """Z-Image counts from 0 to 1, which makes of a scheduler's 1000 ... 0 what rises to 1."""
+    rising = tuple(1 - t for t in (1000.0, 667.0, 333.0, 0.0))
+    first = Moment.read(None, torch.tensor([1.0]), rising)
+    assert (first.position, first.total) == (None, 4)
+    assert Moment.read(None, torch.tensor([1.0]), (1.0, 0.7, 0.3)).position == 0
+    # Mochi counts upwards on the scheduler's own scale.
+    falling = tuple(1000 - t for t in (0.0, 300.0, 700.0))
+    assert Moment.read(None, torch.tensor([300.0]), falling).position == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from tiny_models import Draw, Grid, Tiny, without
 
 FLUX = {
@@ -192,6 +194,11 @@ QWEN = {
 }
 
 
+QWEN_TAKES_LENGTHS = (
+    "txt_seq_lens" in inspect.signature(QwenImageTransformer2DModel.forward).parameters
+)
+
+
 def qwen(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
     return {
         "hidden_states": d.normal(batch, grid[1] * grid[2], 4),
@@ -199,6 +206,8 @@ def qwen(d: Draw, grid: Grid, batch: int) -> dict[str, Any]:
         "encoder_hidden_states_mask": d.valid(*(5, 7)[:batch], tokens=7).bool(),
         "timestep": d.full(0.5, batch),
         "img_shapes": [[grid]] * batch,
+        # Newer versions read it from the prompt.
+        **({"txt_seq_lens": [7] * batch} if QWEN_TAKES_LENGTHS else {}),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
+from installed import find
 from tiny_images import AURAFLOW, CHROMA, COGVIEW, FLUX, LUMINA2, QWEN, SD3, Z_IMAGE
 from tiny_models import Draw, randomize
 from tiny_videos import ALLEGRO, COGVIDEOX, HUNYUAN, HUNYUAN_15, LTX, MOCHI, WAN
@@ -67,11 +68,11 @@ class TinyPipeline:
         kind, arguments = scheduler or self.scheduler
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = getattr(diffusers, self.model)(**self.config).eval()
+            model = find("diffusers", self.model)(**self.config).eval()
             randomize(model)
             sharpen(model)
             vae = getattr(diffusers, self.vae[0])(**self.vae[1]).eval() if self.vae else None
-        pipeline = getattr(diffusers, self.pipeline)
+        pipeline = find("diffusers", self.pipeline)
         names = inspect.signature(pipeline.__init__).parameters
         components = {name: None for name in names if name != "self"}
         components |= {
