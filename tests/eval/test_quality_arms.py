@@ -141,6 +141,8 @@ def test_the_others_treat_a_clip_in_a_batch_like_one_alone(pipe: Any) -> None:
     assert max(gaps.values()) < 1e-5, gaps
 
 
-@pytest.mark.parametrize("line", ["hyperattention", "compensated_delta:warmup=1:refresh=rows:fade=true"])
+@pytest.mark.parametrize(
+    "line", ["hyperattention", "compensated_delta:warmup=1:refresh=rows:fade=true"]
+)
 def test_those_that_run_alone_would_not(pipe: Any, line: str) -> None:
     assert _batch_gap(pipe, line) > 1e-5
