@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from dit_sparse.kernels.measured import COLUMNS, TABLES, device_class
+from dit_sparse.kernels.triton_attention import prefers_tma
+from dit_sparse.mask import block_sides
 
-# Implementations by the backends of rows. Where a shape was timed through both paths of the Triton
-# kernel, the TMA path counts: it is what the implementation takes.
+# Implementations by the backends of rows. Where a shape was timed with several kernels of Triton's,
+# that one counts which the implementation takes.
 NAMES = {
     "triton": "triton",
     "triton-pointer": "triton",
     "triton-tma": "triton",
+    "triton-hopper": "triton",
     "sdpa-cudnn": "cudnn",
     "flash-attn-3": "flash-attn-3",
     "flash-attn-4": "flash-attn-4",
@@ -45,12 +48,15 @@ def make_table(results: list[dict[str, Any]]) -> dict[str, Any]:
             if row["op"] not in OPS or row["backend"] not in NAMES or row["config"] is not None:
                 continue
             _, tokens, dim = (int(size) for size in row["shape"].split("x"))
-            block = None if row["block"] is None else (row["block"], row["block"])
+            block = None if row["block"] is None else tuple(block_sides(row["block"]))
             key = (OPS[row["op"]], "bfloat16", dim, block, tokens, row["density"])
             timed.setdefault(key, {})[row["backend"]] = row["ms"]
         for key, times in timed.items():
-            if "triton-tma" in times:
+            if {"triton-tma", "triton-hopper"} & set(times):
                 times.pop("triton-pointer", None)
+            if "triton-hopper" in times and "triton-tma" in times:
+                dim, block = key[2:4]
+                times.pop("triton-hopper" if prefers_tma(dim, block) else "triton-tma")
             named = {NAMES[backend]: ms for backend, ms in times.items()}
             cells[key] = {**cells.get(key, {}), **named}
     if len(classes) != 1:

@@ -32,9 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import check_kernels
 from benchmarks.kernel_table import write_table
 from dit_sparse.kernels import ops
-from dit_sparse.kernels.triton_attention import Config, launch, tma_reasons
+from dit_sparse.kernels.triton_attention import Config, hopper_reasons, launch, tma_reasons
 from dit_sparse.kernels.triton_mask import expand
-from dit_sparse.mask import BlockMask, PackedMask, block_count
+from dit_sparse.mask import Block, BlockMask, PackedMask, block_count, block_sides
 
 # 256 MiB of inputs do not fit the 50 MiB of L2 of an H100: rotating further sets changes nothing.
 ROTATED_BYTES = 256 << 20
@@ -48,7 +48,7 @@ class Shape:
     tokens: int
     dim: int
     densities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
-    blocks: tuple[int, ...] = (128, 64)
+    blocks: tuple[Block, ...] = (128, (128, 64), 64)
 
     def __str__(self) -> str:
         return f"{self.heads}x{self.tokens}x{self.dim}"
@@ -72,7 +72,7 @@ class Row:
     backend: str
     op: str
     shape: str
-    block: int | None
+    block: Block | None
     density: float
     ms: float
     spread: float
@@ -93,11 +93,11 @@ def inputs(shape: Shape, rng: torch.Generator) -> list[tuple[Tensor, Tensor, Ten
     ]
 
 
-def random_mask(shape: Shape, block: int, density: float, rng: torch.Generator) -> BlockMask:
+def random_mask(shape: Shape, block: Block, density: float, rng: torch.Generator) -> BlockMask:
     """A random mask for every head whose rows all keep the same number of blocks."""
-    blocks = block_count(shape.tokens, block)
-    kept = max(1, round(density * blocks))
-    scores = torch.rand(1, shape.heads, blocks, blocks, generator=rng, device="cuda")
+    rows, columns = (block_count(shape.tokens, side) for side in block_sides(block))
+    kept = max(1, round(density * columns))
+    scores = torch.rand(1, shape.heads, rows, columns, generator=rng, device="cuda")
     chosen = scores.topk(kept, dim=-1).indices
     keep = torch.zeros(scores.shape, dtype=torch.bool, device="cuda").scatter_(-1, chosen, True)
     return BlockMask.from_dense(keep, block, shape.tokens)
@@ -196,7 +196,7 @@ class Bench:
         function: Callable[..., object],
         sets: list[tuple[Tensor, ...]],
         *,
-        block: int | None = None,
+        block: Block | None = None,
         density: float = 1.0,
         best: float | None = None,
         products: int = 2,
@@ -215,7 +215,7 @@ class Bench:
         self.rows.append(row)
         shown = "" if share is None else f"{100 * share:6.1f} %"
         print(
-            f"{backend:18s} {op:10s} {row.shape:16s} {block or '-':>5} {density:7.4f} "
+            f"{backend:18s} {op:10s} {row.shape:16s} {block or '-'!s:>9} {density:7.4f} "
             f"{ms:9.3f} ms ±{100 * spread:4.1f} % {row.tflops:7.1f} TFLOP/s {shown} "
             f"{row.config or ''}",
             flush=True,
@@ -234,6 +234,8 @@ class Bench:
         rng = torch.Generator("cuda").manual_seed(1)
         if 1.0 in shape.densities:
             for path in self.paths:
+                if _refused(path, sets[0], None):
+                    continue
                 self.add(
                     f"triton-{path}", "attention", shape,
                     lambda q, k, v, path=path: launch(_call(q, k, v, None), path),
@@ -244,6 +246,8 @@ class Bench:
                 mask = random_mask(shape, block, density, rng)
                 achieved = float(mask.kv_num_blocks.double().mean()) / mask.shape[-1]
                 for path in self.paths:
+                    if _refused(path, sets[0], mask):
+                        continue
                     self.add(
                         f"triton-{path}", "attention", shape,
                         lambda q, k, v, m=mask, path=path: launch(_call(q, k, v, m), path),
@@ -282,7 +286,9 @@ class Bench:
             scores = torch.rand(packed.shape, generator=rng, device="cuda")
             count = torch.full((1, 1), round(0.1 * mask.shape[-1]), device="cuda")
             made = {
-                order: ops.summarize(*sets[0][1:], block, first_order=order == "first", **options)
+                order: ops.summarize(
+                    *sets[0][1:], mask.block[1], first_order=order == "first", **options
+                )
                 for order in ("zeroth", "first")
             }
 
@@ -323,7 +329,7 @@ class Bench:
             for order in made:
                 self.add(
                     "triton", f"summarize {order}", shape,
-                    lambda q, k, v, o=order, b=block: ops.summarize(
+                    lambda q, k, v, o=order, b=mask.block[1]: ops.summarize(
                         k, v, b, first_order=o == "first", **options
                     ),
                     sets, block=block, best=best, products=0,
@@ -350,7 +356,7 @@ class Bench:
         if "summaries" in parts and 1.0 in shape.densities:
             self.summaries(shape, sets, best)
         if "tune" in parts and shape.tokens in (32_768, 17_792):
-            for block in shape.blocks:
+            for block in (block for block in shape.blocks if isinstance(block, int)):
                 self.tune(shape, sets, best, block)
 
     def tune(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float, block: int) -> None:
@@ -362,7 +368,8 @@ class Bench:
             for k in (64, 128)
             if q <= block and k <= block and q + k < 256
         ]
-        for path in self.paths:
+        # The kernel for Hopper has no launch parameters.
+        for path in (path for path in self.paths if path != "hopper"):
             for tile_q, tile_k in tiles:
                 for warps in (4, 8) if tile_q == 128 else (4,):
                     for stages in (2, 3):
@@ -377,6 +384,11 @@ class Bench:
                             )  # fmt: skip
                         except triton.runtime.errors.OutOfResources as error:
                             print(f"triton-{path} {tuple(config)}: {error}")
+
+
+def _refused(path: str, operands: tuple[Tensor, ...], mask: BlockMask | None) -> bool:
+    """Whether the kernel for Hopper cannot take a call; the others take all that are timed."""
+    return path == "hopper" and bool(hopper_reasons(_call(*operands, mask)))
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> ops.AttentionCall:
@@ -439,7 +451,7 @@ def main() -> int:
     probe = torch.empty(1, 128, 1, 64, device="cuda", dtype=torch.bfloat16)
     refusals = tma_reasons(_call(probe, probe, probe, None))
     tma = not arguments.no_tma and not refusals
-    kernels = ["triton-pointer", *(["triton-tma"] if tma else [])]
+    kernels = ["triton-pointer", *(["triton-tma", "triton-hopper"] if tma else [])]
     if any(impl.name == "flash-attn-4" for impl in ops.implementations("attention")):
         kernels.append("flash-attn-4")
     sparse = arguments.sparse.split(",") if arguments.sparse else kernels

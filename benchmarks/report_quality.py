@@ -154,9 +154,14 @@ def facts(result: Result) -> list[str]:
                 f"{v.clips}",
             ]
             for v in verdicts
+            if v.difference is not None
         ]
         parts.append("### Which claims hold")
-        parts.append(markdown(("claim", "holds", "difference, dB", "clips"), rows))
+        if rows:
+            parts.append(markdown(("claim", "holds", "difference, dB", "clips"), rows))
+        open_ones = [v.text for v in verdicts if v.difference is None]
+        if open_ones:
+            parts.append(f"Not measured: {'; '.join(open_ones)}.")
     for time, name in (("seconds", "one clip alone"), ("batch_seconds", "in a batch")):
         front = result.front(time)
         if front:
@@ -165,10 +170,19 @@ def facts(result: Result) -> list[str]:
             parts.append(_front_text(front, time, dense))
     errors = [row for row in result.data["rows"] if "error" in row]
     missing = [(row["arm"], row["error"]) for row in errors]
-    missing += [(skip["arm"], skip["reason"]) for skip in result.data["skipped"]]
-    if missing:
-        parts.append("### Not measured")
-        parts.append("\n".join(f"* `{arm}`: {reason}" for arm, reason in missing))
+    late = []
+    for skip in result.data["skipped"]:
+        # The machine was lent for a while: how long an arm would have taken tells nobody anything.
+        if "no time left" in skip["reason"] or "more than is left" in skip["reason"]:
+            late.append(f"`{skip['arm']}`")
+        else:
+            missing.append((skip["arm"], skip["reason"]))
+    if missing or late:
+        parts.append("### Arms without a result")
+        lines = [f"* `{arm}`: {reason}" for arm, reason in missing]
+        if late:
+            lines.append(f"* for want of time: {', '.join(late)}")
+        parts.append("\n".join(lines))
     return parts
 
 

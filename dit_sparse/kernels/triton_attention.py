@@ -455,13 +455,18 @@ def _reasons(call: AttentionCall) -> list[str]:
     return reasons
 
 
+def prefers_tma(dim: int, block: tuple[int, int] | None) -> bool:
+    """Whether attention without summaries is faster without the kernel for Hopper, on Hopper."""
+    # At head dim 64 exponentials take as long as products: its pipeline gains nothing there unless
+    # two blocks share a tile.
+    return dim == 64 and block in (None, (128, 128))
+
+
 def choose_path(call: AttentionCall) -> Path:
     """The kernel that the implementations below use."""
-    # At head dim 64 exponentials take as long as products: its pipeline gains nothing there, unless
-    # two blocks share a tile or summaries are added.
-    narrow = call.q.shape[-1] == 64 and call.summary is None
-    plain = call.mask is None or call.mask.block == (128, 128)
-    if not (narrow and plain) and not hopper_reasons(call):
+    block = None if call.mask is None else call.mask.block
+    narrow = call.summary is None and prefers_tma(call.q.shape[-1], block)
+    if not narrow and not hopper_reasons(call):
         return "hopper"
     return "tma" if PREFER_TMA and not tma_reasons(call) else "pointer"
 

@@ -115,7 +115,7 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no |" in text
     assert "| AdaSpa beats MMInference's estimate at equal density of 0.2 | no, -1.0 |" in text
     assert "session: 2.100 to 2.500 s." in text
-    assert "* `moa@0.2`: ValueError: no" in text and "* `adaspa@0.1`: no time left" in text
+    assert "* `moa@0.2`: ValueError: no" in text and "* for want of time: `adaspa@0.1`" in text
     assert "Fastest with a mean of 40 dB or more: `compensated_delta`, 1.100 s." in text
     svg = plot.read_text()
     assert all(name in svg for name in ("noise floor", "magcache", "compensated_delta"))

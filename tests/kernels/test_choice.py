@@ -257,6 +257,9 @@ def test_a_table_orders_what_was_timed() -> None:
                 row("triton-tma", 1.0, density=0.05),  # alone: no order
                 row("triton-tma", 0.1, config="(128, 64, 4, 2)"),
                 row("triton-tma", 0.1, op="tune"),
+                row("triton-hopper", 3.0, block=[128, 64]),  # what Triton takes
+                row("triton-tma", 1.0, block=[128, 64]),
+                row("flash-attn-4", 2.0, block=[128, 64]),
                 row("sdpa-flash", 0.1, block=None, density=1.0),
                 row("sdpa-cudnn", 9.0, block=None, density=1.0),
                 row("flash-attn-3", 8.0, block=None, density=1.0),
@@ -271,6 +274,7 @@ def test_a_table_orders_what_was_timed() -> None:
     assert found == {
         ("attention", (128, 128), 0.25): ["flash-attn-4", "triton"],
         ("attention", (128, 128), 0.1): ["flash-attn-4", "triton"],
+        ("attention", (128, 64), 0.25): ["flash-attn-4", "triton"],
         ("attention", None, 1.0): ["flash-attn-3", "cudnn"],
         ("attention+summary", (128, 128), 0.25): ["triton", "flash-attn-4"],
     }
