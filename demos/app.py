@@ -99,7 +99,7 @@ def build() -> gradio.Blocks:
             caption = gr.Textbox(
                 "a star moving up over a sunset sky, panning right", label="Caption", scale=3
             )
-            method = gr.Dropdown(methods, value="adaspa", label="Method")
+            method = gr.Dropdown(methods, value="compensated_delta", label="Method")
         with gr.Row():
             sparsity = gr.Slider(0.0, 0.95, value=0.8, step=0.05, label="Sparsity")
             steps = gr.Slider(4, 50, value=12, step=1, label="Steps")

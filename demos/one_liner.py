@@ -9,7 +9,7 @@ from dit_sparse import SparseProcessor
 from dit_sparse.pipelines.embedded import load_embedded
 
 pipe = load_embedded()
-pipe.transformer.set_attn_processor(SparseProcessor("adaspa", sparsity=0.8))
+pipe.transformer.set_attn_processor(SparseProcessor())
 export_to_video(
     pipe("a star moving up over a sunset sky, panning right").frames[0], "one_liner.mp4", fps=8
 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dit_sparse.eval.compare import Comparison, Request
 
 DEFAULT_PROMPT = "a star moving up over a sunset sky, panning right"
-DEFAULT_METHODS = "dense,noise-floor,adaspa:sparsity=0.6,adaspa:sparsity=0.8"
+DEFAULT_METHODS = "dense,noise-floor,adaspa:sparsity=0.6,adaspa:sparsity=0.8,compensated_delta"
 
 COMPARE_HELP = """Generate the same clip dense and sparse; report quality, density and time.
 
