@@ -525,9 +525,11 @@ def reasons(call: AttentionCall) -> list[str]:
         if tensor is None:
             continue
         tensor = last_contiguous(tensor)
-        steps = [s * tensor.element_size() for s in tensor.stride()[:-1]]
-        if tensor.data_ptr() % 16 or any(s % 16 for s in steps):
-            found.append(f"{name} is not aligned to 16 bytes")
+        if tensor.numel() == 0:
+            found.append(f"{name} is empty")
+        steps = [s * tensor.element_size() for s in _strides(tensor)[:-1]]
+        if tensor.data_ptr() % 16 or any(s % 16 or s == 0 for s in steps):
+            found.append(f"{name} is not aligned to 16 bytes, or expanded")
     # Gluon changes with triton: what a version makes of this file is tested before it is used.
     return found or probe_reasons("triton's kernel for Hopper", launch, call)
 
@@ -537,13 +539,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of ``tensor``; where there is one element only, any will do."""
+    return [
+        tensor.shape[-1] if size == 1 and place < tensor.ndim - 1 else step
+        for place, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    ]
+
+
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """TMA boxes of ``rows`` tokens of one head of ``[batch, tokens, heads, dim]``."""
     view = tensor.transpose(1, 2)
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     box = [1, 1, rows, tensor.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(view, list(view.shape), list(view.stride()), box, layout)
+    return TensorDescriptor(view, list(view.shape), _strides(view), box, layout)
 
 
 def launch(call: AttentionCall) -> Attended:
