@@ -189,7 +189,7 @@ class CompensatedDelta(ResidualMethod):
             stop()
         if self.theta is not None:
             call.memory["drift"] = Later.begin(drift(moved, out, self._rows))
-        call.record(Phase.SPARSE, call.memory["mask"], summary=self.summary != "drop")
+        call.record(Phase.SPARSE, call.memory["mask"])
         call.head_density = self._density(moved, delta, turns)
         if delta:
             return self._corrected(moved, out, order)
