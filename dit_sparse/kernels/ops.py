@@ -806,11 +806,13 @@ def _check_summary(summary: BlockSummary, mask: BlockMask | PackedMask | None, k
     if mask is None:
         raise ValueError("a summary stands for blocks that a mask skips; got a summary and no mask")
     blocks = (k.shape[0], mask.shape[3])
+    slope = (k.shape[0], k.shape[2], k.shape[3], k.shape[3])
     shapes = {
         "key_mean": (summary.key_mean, (*blocks, *k.shape[2:])),
         "value_mean": (summary.value_mean, (*blocks, *k.shape[2:])),
         "count": (summary.count, blocks),
-        "slope": (summary.slope, (k.shape[0], k.shape[2], k.shape[3], k.shape[3])),
+        "slope": (summary.slope, slope),
+        "rounded": (summary.rounded, slope),
     }
     for name, (tensor, expected) in shapes.items():
         if tensor is None:

@@ -581,8 +581,8 @@ def launch(call: AttentionCall) -> Attended:
         bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
         bits = bits.view(torch.int32)
         mean_k, mean_v = (_descriptor(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
-        if summary.slope is not None:
-            matrix = summary.slope.to(q.dtype).contiguous()
+        matrix = summary.slope_as(q.dtype)
+        if matrix is not None:
             slope = _descriptor(matrix.transpose(1, 2), dim)
     total = mask_rows * batch * heads
     edge = min(EDGE, mask_rows // 2)
