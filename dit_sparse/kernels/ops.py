@@ -330,6 +330,12 @@ def _operand(call: AnyCall) -> tuple[str, Tensor]:
 
 
 @lru_cache(maxsize=16)
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """That of a CUDA device; kept, since implementations ask at every call."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
 def _device_class(index: int) -> str:
     return device_class(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 

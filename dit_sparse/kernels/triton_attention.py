@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
 from dit_sparse.kernels.triton_common import (
     INTERPRETED,
     LOG2_E,
@@ -327,7 +327,7 @@ def _rows_view(tensor: Tensor) -> tuple[list[int], list[int], tuple[int, int, in
 def tma_reasons(call: AttentionCall) -> list[str]:
     """Why ``call`` cannot read keys and values through TMA descriptors; empty if it can."""
     reasons = []
-    if not INTERPRETED and torch.cuda.get_device_capability(call.q.device)[0] < 9:
+    if not INTERPRETED and compute_capability(call.q.device)[0] < 9:
         reasons.append("TMA needs compute capability 9.0 or newer")
     if call.q.shape[-1] not in (64, 128):
         reasons.append(f"the TMA path takes head dims 64 and 128, got {call.q.shape[-1]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -345,6 +346,6 @@ def _storages(value: Any, kind: str | None = None) -> dict[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _field_names(kind: type) -> tuple[str, ...]:
+def _field_names(kind: Hashable) -> tuple[str, ...]:
     """Fields of a dataclass; none of anything else."""
     return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
