@@ -24,7 +24,7 @@ from torch import Tensor
 from dit_sparse.bands import BandMask
 from dit_sparse.kernels.measured import Query, device_class, measured_order
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
-from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
+from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sides, block_sizes
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 
 logger = logging.getLogger(__name__)
@@ -659,7 +659,7 @@ def block_mass(
     safe-softmax equation requires ``exp``.
     """
     _check_operands(q, k, None, key_valid)
-    block = (block, block) if isinstance(block, int) else block
+    block = block_sides(block)
     if min(block) < 1:
         raise ValueError(f"block must be at least 1 token, got {block}")
     expected = (q.shape[0], q.shape[2], q.shape[1])
@@ -698,8 +698,8 @@ def top_blocks(
     Raises:
         ValueError, Unsupported: As :func:`attention`.
     """
-    block = (block, block) if isinstance(block, int) else block
-    seq = (seq, seq) if isinstance(seq, int) else seq
+    block = block_sides(block)
+    seq = block_sides(seq)
     rows, columns = (block_count(n, size) for n, size in zip(seq, block, strict=True))
     if mass.ndim != 4 or tuple(mass.shape[2:]) != (rows, columns):
         raise ValueError(
@@ -736,6 +736,11 @@ def reorder(index: Tensor, *tensors: Tensor, impl: str = "auto") -> tuple[Tensor
         raise ValueError(f"index must be [tokens] int64, got {tuple(index.shape)} {index.dtype}")
     call = ReorderCall(index, tensors)
     return select("reorder", call, impl)(call)
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of log-sum-exps and statistics: fp64 for fp64 operands, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge(a: Attended, b: Attended) -> Attended:

@@ -101,6 +101,18 @@ def check_block(block: Block) -> None:
         )
 
 
+def check_box(name: str, value: Any) -> None:
+    """Refuses what is neither (frames, height, width) in tokens nor None."""
+    if value is not None and (
+        not isinstance(value, tuple)
+        or len(value) != 3
+        or any(not isinstance(n, int) or n < 1 for n in value)
+    ):
+        raise ValueError(
+            f"{name} must be (frames, height, width) in tokens, or None, got {value!r}"
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One self-attention call, with everything a method may use.

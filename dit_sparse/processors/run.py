@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -341,11 +340,12 @@ def _storages(value: Any, kind: str | None = None) -> dict[int, int]:
         elif isinstance(item, list | tuple):
             waiting += item
         else:
-            waiting += [getattr(item, name) for name in _field_names(type(item))]
+            names = _field_names(type(item))  # type: ignore[arg-type]  # classes are hashable
+            waiting += [getattr(item, name) for name in names]
     return found
 
 
 @lru_cache(maxsize=256)
-def _field_names(kind: Hashable) -> tuple[str, ...]:
+def _field_names(kind: type) -> tuple[str, ...]:
     """Fields of a dataclass; none of anything else."""
     return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
