@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 OnChoice = Callable[[str], object]
 
 # A kernel file may import these at its top; where one is missing its Impl is reported as such.
-OPTIONAL_PACKAGES = frozenset({"triton", "flash_attn", "xformers"})
+OPTIONAL_PACKAGES = frozenset({"triton"})
 
 
 class Unsupported(NotImplementedError):
@@ -184,7 +184,8 @@ class Impl(abc.ABC):
     Attributes:
         op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"``,
             ``"reorder"``, ``"neighborhood"`` or ``"banded_attention"``.
-        name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
+        name: What ``impl=`` selects, e.g. ``"triton"``; of a file that imports an optional package
+            at its top, also the first word of the file's name.
         rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
             given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
