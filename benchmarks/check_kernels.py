@@ -359,6 +359,9 @@ def check_summarize(case: Case, dtype: torch.dtype, device: str) -> list[Finding
     for name, budget in budgets.items():
         error = _worst(getattr(found, name), getattr(truth, name))
         findings.append(Finding(name, error, 2 * budget))
+    # What kernels multiply by is that slope, rounded once.
+    read, wanted = found.slope_as(dtype), found.slope.to(dtype)
+    findings.append(Finding("slope as read", _worst(read, wanted), 0.0))
     return findings
 
 

@@ -27,8 +27,11 @@ COLUMNS = {
 
 
 def arm_of(method: str, sparsity: float) -> str:
-    """The `--methods` entry of the chosen method; those without a sparsity ignore the slider."""
+    """The `--methods` entry of the chosen method; some have no sparsity to set."""
     fields = getattr(list_methods()[method], "__dataclass_fields__", {})
+    # A plan of sparse_vdit brings its own.
+    if "density" in fields and fields["density"].default is not None:
+        return f"{method}:density={1 - sparsity:g}"
     return f"{method}:sparsity={sparsity:g}" if "sparsity" in fields else method
 
 
@@ -101,7 +104,7 @@ def build() -> gradio.Blocks:
             )
             method = gr.Dropdown(methods, value="compensated_delta", label="Method")
         with gr.Row():
-            sparsity = gr.Slider(0.0, 0.95, value=0.8, step=0.05, label="Sparsity")
+            sparsity = gr.Slider(0.0, 0.95, value=0.9, step=0.05, label="Sparsity")
             steps = gr.Slider(4, 50, value=12, step=1, label="Steps")
         button = gr.Button("Generate", variant="primary")
         with gr.Row():

@@ -67,6 +67,8 @@ class SparseConfig:
         """
         shared = {f.name for f in fields(cls)} - {"method"}
         outer = {key: options.pop(key) for key in list(options) if key in shared}
+        kind = method_class(name)
+        _check_keys(options, {f.name for f in fields(kind)} | shared, f"method {kind.name!r}")
         return cls.from_dict({"version": VERSION, "method": {"name": name, **options}, **outer})
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +129,10 @@ class SparseConfig:
 def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
     unknown = sorted(set(given) - known)
     if unknown:
-        raise ValueError(f"{what} accepts {sorted(known)}, got unknown {unknown}")
+        hint = ""
+        if "sparsity" in unknown and "density" in known:
+            hint = "; its density is the share of blocks kept, 1 - sparsity"
+        raise ValueError(f"{what} accepts {sorted(known)}, got unknown {unknown}{hint}")
 
 
 def _plain(value: Any) -> Any:

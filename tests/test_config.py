@@ -158,3 +158,12 @@ def test_processor_refuses_options_beside_an_object(tmp_path: Path) -> None:
             SparseProcessor(given, sparsity=0.5)
     with pytest.raises(ValueError, match="config must be a method name"):
         SparseProcessor(3)  # type: ignore[arg-type]
+
+
+def test_an_option_of_another_method_is_refused_with_all_that_are_known() -> None:
+    with pytest.raises(ValueError, match=r"'strict'.*unknown \['sparsity'\]; .* 1 - sparsity"):
+        SparseConfig.from_name("compensated_delta", sparsity=0.8)
+    with pytest.raises(ValueError, match=r"unknown \['stric'\]$"):
+        SparseConfig.from_name("compensated_delta", stric=True)
+    with pytest.raises(ValueError, match="tile must be"):
+        SparseConfig.from_name("compensated_delta", tile=4)

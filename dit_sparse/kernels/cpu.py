@@ -27,6 +27,7 @@ from dit_sparse.kernels.ops import (
     SummarizeCall,
     TopBlocks,
     TopBlocksCall,
+    work_dtype,
 )
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import BlockMask, PackedMask, block_count
@@ -36,10 +37,6 @@ from dit_sparse.mask import BlockMask, PackedMask, block_count
 _SCRATCH = 8 << 20
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _reasons(*operands: Tensor | None) -> list[str]:
@@ -67,7 +64,7 @@ def _head_major(x: Tensor, block: int, keep: Tensor | None = None) -> Tensor:
     """
     batch, tokens, heads, dim = x.shape
     padded = block_count(tokens, block) * block
-    copy = torch.empty(batch, heads, padded, dim, dtype=_work_dtype(x.dtype))
+    copy = torch.empty(batch, heads, padded, dim, dtype=work_dtype(x.dtype))
     copy[:, :, tokens:] = 0
     copy[:, :, :tokens] = x.transpose(1, 2)
     if keep is not None:
@@ -84,7 +81,7 @@ def _key_bias(k: Tensor, key_valid: Tensor | None, block: int) -> Tensor | None:
     blocks = block_count(tokens, block)
     if key_valid is None and blocks * block == tokens:
         return None
-    bias = torch.full((batch, blocks * block), float("-inf"), dtype=_work_dtype(k.dtype))
+    bias = torch.full((batch, blocks * block), float("-inf"), dtype=work_dtype(k.dtype))
     if key_valid is None:
         bias[:, :tokens] = 0
     else:
@@ -244,7 +241,7 @@ def _attend(call: AttentionCall) -> tuple[Any, Tensor]:
     """Output ``[batch, q_len, heads, dim]`` (None without ``v``), LSE ``[batch, heads, q_len]``."""
     batch, q_len, heads, _ = call.q.shape
     if call.q.numel() == 0 or call.k.numel() == 0:
-        lse = torch.full((batch, heads, q_len), float("-inf"), dtype=_work_dtype(call.q.dtype))
+        lse = torch.full((batch, heads, q_len), float("-inf"), dtype=work_dtype(call.q.dtype))
         return torch.zeros(call.q.shape, dtype=call.q.dtype), lse
     if call.mask is not None:
         out, lse = _sparse(call, call.mask)
@@ -262,7 +259,7 @@ def _attend(call: AttentionCall) -> tuple[Any, Tensor]:
         k: Any
         v: Any  # None where only the LSE is asked for.
         q, k, v = (
-            None if x is None else _unit_stride(x.to(_work_dtype(x.dtype))).transpose(1, 2)
+            None if x is None else _unit_stride(x.to(work_dtype(x.dtype))).transpose(1, 2)
             for x in (call.q, call.k, call.v)
         )
         out, lse = _dense(q, k, v, None, call.scale)
@@ -319,7 +316,7 @@ class CpuBlockMass(Impl):
         size, width = call.block
         batch, q_len, heads, dim = call.q.shape
         rows, columns = block_count(q_len, size), block_count(call.k.shape[1], width)
-        work = _work_dtype(call.q.dtype)
+        work = work_dtype(call.q.dtype)
         mass = torch.zeros(batch * heads, rows, columns, dtype=work)
         if mass.numel() == 0 or dim == 0:
             return mass.view(batch, heads, rows, columns)
@@ -355,7 +352,7 @@ class CpuSummarize(Impl):
     def __call__(self, call: SummarizeCall) -> BlockSummary:
         batch, tokens = call.k.shape[:2]
         columns = block_count(tokens, call.block)
-        work = _work_dtype(call.k.dtype)
+        work = work_dtype(call.k.dtype)
         live = torch.zeros(batch, columns * call.block, dtype=torch.bool)
         live[:, :tokens] = True if call.key_valid is None else call.key_valid
         live[:, call.blocks * call.block :] = False

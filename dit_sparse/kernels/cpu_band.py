@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dit_sparse.kernels.cpu import CpuAttention
-from dit_sparse.kernels.ops import Attended, AttentionCall, BandedCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, BandedCall, Impl, work_dtype
 
 
 class CpuBanded(Impl):
@@ -20,7 +20,7 @@ class CpuBanded(Impl):
     def __call__(self, call: BandedCall) -> Attended:
         batch, tokens, heads, _ = call.q.shape
         out = torch.zeros(call.q.shape, dtype=call.q.dtype)
-        work = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        work = work_dtype(call.q.dtype)
         lse = torch.full((batch, heads, tokens), float("-inf"), dtype=work)
         for name, group in call.bands.groups().items():
             order = call.bands.ordering(name, call.q.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dit_sparse.kernels.native_lse import cudnn_attention_with_lse
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
 
 # Above Triton's, which stays ahead for everything that has a mask.
 _RANK = 110
@@ -22,7 +22,7 @@ class CudnnAttention(Impl):
         reasons = []
         if not call.q.is_cuda or torch.version.hip is not None:
             return [f"needs an NVIDIA device, got {call.q.device}"]
-        capability = torch.cuda.get_device_capability(call.q.device)
+        capability = compute_capability(call.q.device)
         if capability < (9, 0):
             found = f"{capability[0]}.{capability[1]}"
             reasons.append(f"is chosen for compute capability 9.0 and newer, got {found}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
 from dit_sparse.kernels.probe import probe_reasons
 
 # The forward-only wheel, and what a build from source installs.
@@ -55,7 +55,7 @@ class FlashAttention3(Impl):
         reasons = []
         if not call.q.is_cuda or torch.version.hip is not None:
             return [f"needs an NVIDIA device, got {call.q.device}"]
-        capability = torch.cuda.get_device_capability(call.q.device)
+        capability = compute_capability(call.q.device)
         if capability[0] != 9:
             found = f"{capability[0]}.{capability[1]}"
             reasons.append(f"is chosen for compute capability 9.0, got {found}")

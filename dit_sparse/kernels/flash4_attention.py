@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.flash4_lists import flash_lists
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.mask import BlockMask
 
@@ -121,7 +121,7 @@ class FlashAttention4(Impl):
         q, reasons = call.q, []
         if not q.is_cuda or torch.version.hip is not None:
             return [f"needs an NVIDIA device, got {q.device}"]
-        capability = torch.cuda.get_device_capability(q.device)
+        capability = compute_capability(q.device)
         if capability[0] != 9:
             # Blocks of 256 queries on compute capability 10; lists are ignored on 8 and absent
             # on 12.

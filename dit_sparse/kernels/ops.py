@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import logging
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -23,13 +24,15 @@ from torch import Tensor
 from dit_sparse.bands import BandMask
 from dit_sparse.kernels.measured import Query, device_class, measured_order
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
-from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sizes
+from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sides, block_sizes
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 
 logger = logging.getLogger(__name__)
 
+OnChoice = Callable[[str], object]
+
 # A kernel file may import these at its top; where one is missing its Impl is reported as such.
-OPTIONAL_PACKAGES = frozenset({"triton", "flash_attn", "xformers"})
+OPTIONAL_PACKAGES = frozenset({"triton"})
 
 
 class Unsupported(NotImplementedError):
@@ -115,9 +118,15 @@ class TopBlocksCall:
 
     def packed(self, bits: Tensor, kept_keys: Tensor) -> PackedMask:
         """The mask of ``bits``, given how many keys each query block keeps."""
-        rows = block_sizes(self.seq[0], self.block[0], bits.device).double()
-        density = (kept_keys.double() @ rows / (self.seq[0] * self.seq[1])).float()
+        shares = _pair_shares(self.seq, self.block[0], bits.device)
+        density = (kept_keys.double() @ shares).float()
         return PackedMask(bits, self.longest, density, self.block, self.seq)
+
+
+@lru_cache(maxsize=64)
+def _pair_shares(seq: tuple[int, int], block: int, device: torch.device) -> Tensor:
+    """Share of all pairs that one key for all queries of a block is, ``[q_blocks]`` fp64."""
+    return block_sizes(seq[0], block, device).double() / (seq[0] * seq[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +184,8 @@ class Impl(abc.ABC):
     Attributes:
         op: ``"attention"``, ``"row_lse"``, ``"block_mass"``, ``"summarize"``, ``"top_blocks"``,
             ``"reorder"``, ``"neighborhood"`` or ``"banded_attention"``.
-        name: What ``impl=`` selects, e.g. ``"triton"``; also the first word of the file's name.
+        name: What ``impl=`` selects, e.g. ``"triton"``; of a file that imports an optional package
+            at its top, also the first word of the file's name.
         rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
             given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
@@ -203,9 +213,24 @@ class Impl(abc.ABC):
         """Computes the validated ``call``."""
 
 
+class _Found(NamedTuple):
+    """What the files of this package define.
+
+    Attributes:
+        ranked: Implementations by operation, best first.
+        missing: Why some kernel files could not load, by implementation.
+        operations: What each implementation computes.
+        partners: Who computes the rest, where an implementation says so.
+    """
+
+    ranked: dict[str, tuple[Impl, ...]]
+    missing: dict[str, str]
+    operations: dict[str, set[str]]
+    partners: dict[str, str]
+
+
 @lru_cache(maxsize=1)
-def _discover() -> tuple[dict[str, tuple[Impl, ...]], dict[str, str]]:
-    """Implementations by operation, best first, and why some kernel files could not load."""
+def _discover() -> _Found:
     missing: dict[str, str] = {}
     package = importlib.import_module("dit_sparse.kernels")
     for module in pkgutil.iter_modules(package.__path__):
@@ -216,14 +241,19 @@ def _discover() -> tuple[dict[str, tuple[Impl, ...]], dict[str, str]]:
                 raise
             missing[module.name.split("_")[0]] = f"package {error.name!r} is not installed"
     found: dict[str, list[Impl]] = {}
+    operations: dict[str, set[str]] = {}
+    partners: dict[str, str] = {}
     for kind in _concrete(Impl):  # type: ignore[type-abstract]
         if kind.packages and not any(_installed(name) for name in kind.packages):
             wanted = " or ".join(repr(name) for name in kind.packages)
             missing[kind.name] = f"package {wanted} is not installed"
             continue
         found.setdefault(kind.op, []).append(kind())
+        operations.setdefault(kind.name, set()).add(kind.op)
+        if kind.partner is not None:
+            partners[kind.name] = kind.partner
     ranked = {op: tuple(sorted(impls, key=lambda i: -i.rank)) for op, impls in found.items()}
-    return ranked, missing
+    return _Found(ranked, missing, operations, partners)
 
 
 def _installed(package: str) -> bool:
@@ -242,7 +272,7 @@ def _concrete(kind: type[Impl]) -> list[type[Impl]]:
 
 def implementations(op: str) -> tuple[Impl, ...]:
     """All implementations of ``op``, best ranked first."""
-    return _discover()[0].get(op, ())
+    return _discover().ranked.get(op, ())
 
 
 # Why each implementation was chosen in this process, in the order of the first times.
@@ -266,21 +296,19 @@ def check_impl(impl: str) -> None:
         ValueError: If ``impl`` is neither ``"auto"`` nor a known name.
         Unsupported: If it is known but its package is not installed.
     """
-    found, missing = _discover()
-    names = {i.name for impls in found.values() for i in impls}
-    if impl == "auto" or impl in names:
+    found = _discover()
+    if impl == "auto" or impl in found.operations:
         return
-    if impl in missing:
-        raise Unsupported(f"impl={impl!r} cannot be used: {missing[impl]}")
-    raise ValueError(f"impl must be 'auto' or one of {sorted(names | set(missing))}, got {impl!r}")
+    if impl in found.missing:
+        raise Unsupported(f"impl={impl!r} cannot be used: {found.missing[impl]}")
+    names = sorted({*found.operations, *found.missing})
+    raise ValueError(f"impl must be 'auto' or one of {names}, got {impl!r}")
 
 
 def _responsible(op: str, impl: str) -> str:
     """``impl``, or its partner if ``impl`` has no ``op``."""
-    named = [i for impls in _discover()[0].values() for i in impls if i.name == impl]
-    if any(i.op == op for i in named):
-        return impl
-    return next((i.partner for i in named if i.partner is not None), impl)
+    found = _discover()
+    return impl if op in found.operations.get(impl, ()) else found.partners.get(impl, impl)
 
 
 AnyCall = (
@@ -300,6 +328,12 @@ def _operand(call: AnyCall) -> tuple[str, Tensor]:
         return "tensors", call.tensors[0]
     name = next(name for name in ("q", "k", "mass") if hasattr(call, name))
     return name, getattr(call, name)
+
+
+@lru_cache(maxsize=16)
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """That of a CUDA device; kept, since implementations ask at every call."""
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=16)
@@ -327,11 +361,10 @@ def _candidates(op: str, call: AnyCall) -> list[tuple[Impl, str]]:
     """Implementations of ``op`` in the order in which ``auto`` asks them, and why there."""
     ranked = sorted(implementations(op), key=lambda i: -i.priority(call))
     query = _measured_query(op, call)
-    order: tuple[str, ...] = ()
-    device = ""
-    if query is not None:
-        device = _device_class(_operand(call)[1].device.index or 0)
-        order = measured_order(device, query)
+    if query is None:
+        return [(impl, "by its rank") for impl in ranked]
+    device = _device_class(_operand(call)[1].device.index or 0)
+    order = measured_order(device, query)
     known = {impl.name: impl for impl in ranked if impl.name in order}
     # The measured ones change places among themselves; the others keep theirs.
     measured = iter([known[name] for name in order if name in known])
@@ -351,20 +384,21 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     check_impl(impl)
     operand_name, operand = _operand(call)
     refusals = []
-    wanted = _responsible(op, impl)
-    for candidate, why in _candidates(op, call):
-        if wanted not in ("auto", candidate.name):
-            continue
+    if impl == "auto":
+        candidates = _candidates(op, call)
+    else:
+        wanted = _responsible(op, impl)
+        why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
+        candidates = [(i, why) for i in implementations(op) if i.name == wanted]
+    for candidate, why in candidates:
         reasons = candidate.reasons(call)
         if not reasons:
-            if impl != "auto":
-                why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
             _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
             _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]
     if impl == "auto":
-        refusals += [f"{name}: {reason}" for name, reason in _discover()[1].items()]
+        refusals += [f"{name}: {reason}" for name, reason in _discover().missing.items()]
     raise Unsupported(
         f"{op} of {operand_name} {tuple(operand.shape)} {operand.dtype} on {operand.device} with "
         f"impl={impl!r} cannot be computed:\n  "
@@ -382,6 +416,7 @@ def attention(
     key_valid: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    on_choice: OnChoice | None = None,
 ) -> Attended:
     """Softmax attention over the blocks that ``mask`` keeps, with its log-sum-exp.
 
@@ -400,6 +435,7 @@ def attention(
             Keys and values of padding may hold anything, NaN included.
         scale: Factor on the scores; ``dim ** -0.5`` if None.
         impl: ``"auto"`` or the name of an implementation, which then never falls back.
+        on_choice: Told the name of the implementation that computes it.
 
     Returns:
         ``Attended(out, lse, lse_kept)``; a query that has no key gives out 0 and lse ``-inf``.
@@ -414,6 +450,8 @@ def attention(
         _check_summary(summary, mask, k)
     call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary)
     chosen = select("attention", call, impl)
+    if on_choice is not None:
+        on_choice(chosen.name)
     if summary is None or mask is None or chosen.summaries:
         return chosen(call)
     kept = chosen(replace(call, summary=None))
@@ -431,6 +469,7 @@ def neighborhood_attention(
     key_valid: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    on_choice: OnChoice | None = None,
 ) -> Attended:
     """Softmax attention over the pairs that ``mask`` shows, with its log-sum-exp.
 
@@ -448,6 +487,7 @@ def neighborhood_attention(
         key_valid: As in :func:`attention`.
         scale: As in :func:`attention`.
         impl: As in :func:`attention`; it has to compute both parts.
+        on_choice: Told who computes the full blocks, then who the partial ones.
 
     Returns:
         As :func:`attention`.
@@ -455,7 +495,12 @@ def neighborhood_attention(
     Raises:
         ValueError, Unsupported: As :func:`attention`.
     """
-    shared: dict[str, Any] = {"key_valid": key_valid, "scale": scale, "impl": impl}
+    shared: dict[str, Any] = {
+        "key_valid": key_valid,
+        "scale": scale,
+        "impl": impl,
+        "on_choice": on_choice,
+    }
     if mask.partial is None:
         return attention(q, k, v, mask.full, summary=summary, **shared)
     _check_operands(q, k, v, key_valid)
@@ -466,6 +511,8 @@ def neighborhood_attention(
     chosen = select("neighborhood", call, impl)
     if mask.full is not None:
         call = replace(call, seen=attention(q, k, v, mask.full, **shared))
+    if on_choice is not None:
+        on_choice(chosen.name)
     kept = chosen(call)
     if summary is None:
         return kept
@@ -482,6 +529,7 @@ def banded_attention(
     key_valid: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    on_choice: OnChoice | None = None,
 ) -> Attended:
     """:func:`attention` under patterns that are bands and columns of blocks, without block lists.
 
@@ -496,6 +544,7 @@ def banded_attention(
         key_valid: As in :func:`attention`.
         scale: As in :func:`attention`.
         impl: As in :func:`attention`.
+        on_choice: As in :func:`attention`.
 
     Returns:
         ``Attended(out, lse)``; a query that has no key gives out 0 and lse ``-inf``.
@@ -511,7 +560,10 @@ def banded_attention(
             f"{q.shape[1]} queries, {k.shape[1]} keys and {q.shape[2]} heads"
         )
     call = BandedCall(q, k, v, bands, key_valid, _scale(q, scale))
-    return select("banded_attention", call, impl)(call)
+    chosen = select("banded_attention", call, impl)
+    if on_choice is not None:
+        on_choice(chosen.name)
+    return chosen(call)
 
 
 def summarize(
@@ -608,7 +660,7 @@ def block_mass(
     safe-softmax equation requires ``exp``.
     """
     _check_operands(q, k, None, key_valid)
-    block = (block, block) if isinstance(block, int) else block
+    block = block_sides(block)
     if min(block) < 1:
         raise ValueError(f"block must be at least 1 token, got {block}")
     expected = (q.shape[0], q.shape[2], q.shape[1])
@@ -647,8 +699,8 @@ def top_blocks(
     Raises:
         ValueError, Unsupported: As :func:`attention`.
     """
-    block = (block, block) if isinstance(block, int) else block
-    seq = (seq, seq) if isinstance(seq, int) else seq
+    block = block_sides(block)
+    seq = block_sides(seq)
     rows, columns = (block_count(n, size) for n, size in zip(seq, block, strict=True))
     if mass.ndim != 4 or tuple(mass.shape[2:]) != (rows, columns):
         raise ValueError(
@@ -685,6 +737,11 @@ def reorder(index: Tensor, *tensors: Tensor, impl: str = "auto") -> tuple[Tensor
         raise ValueError(f"index must be [tokens] int64, got {tuple(index.shape)} {index.dtype}")
     call = ReorderCall(index, tensors)
     return select("reorder", call, impl)(call)
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of log-sum-exps and statistics: fp64 for fp64 operands, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -761,11 +818,13 @@ def _check_summary(summary: BlockSummary, mask: BlockMask | PackedMask | None, k
     if mask is None:
         raise ValueError("a summary stands for blocks that a mask skips; got a summary and no mask")
     blocks = (k.shape[0], mask.shape[3])
+    slope = (k.shape[0], k.shape[2], k.shape[3], k.shape[3])
     shapes = {
         "key_mean": (summary.key_mean, (*blocks, *k.shape[2:])),
         "value_mean": (summary.value_mean, (*blocks, *k.shape[2:])),
         "count": (summary.count, blocks),
-        "slope": (summary.slope, (k.shape[0], k.shape[2], k.shape[3], k.shape[3])),
+        "slope": (summary.slope, slope),
+        "rounded": (summary.rounded, slope),
     }
     for name, (tensor, expected) in shapes.items():
         if tensor is None:

@@ -19,13 +19,10 @@ from dit_sparse.kernels.ops import (
     TopBlocks,
     TopBlocksCall,
     merge,
+    work_dtype,
 )
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.mask import PackedMask, block_count
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _seen_keys(call: AttentionCall, batch: int, head: int, row: int) -> Tensor:
@@ -57,7 +54,7 @@ def _skipped_blocks(call: AttentionCall, batch: int, head: int, row: int) -> lis
 
 
 def _attend(call: AttentionCall) -> Attended:
-    work = _work_dtype(call.q.dtype)
+    work = work_dtype(call.q.dtype)
     batch, q_len, heads, _ = call.q.shape
     out = torch.zeros(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     lse = torch.full((batch, heads, q_len), float("-inf"), dtype=work, device=call.q.device)
@@ -118,7 +115,7 @@ class ReferenceNeighborhood(Impl):
         return []
 
     def __call__(self, call: NeighborhoodCall) -> Attended:
-        work = _work_dtype(call.q.dtype)
+        work = work_dtype(call.q.dtype)
         batch, tokens, heads, _ = call.q.shape
         size, width = call.partial.block
         out = torch.zeros(call.q.shape, dtype=work, device=call.q.device)
@@ -149,7 +146,7 @@ class ReferenceBlockMass(Impl):
         return []
 
     def __call__(self, call: BlockMassCall) -> Tensor:
-        work = _work_dtype(call.q.dtype)
+        work = work_dtype(call.q.dtype)
         batch, q_len, heads, _ = call.q.shape
         kv_len = call.k.shape[1]
         rows, columns = block_count(q_len, call.block[0]), block_count(kv_len, call.block[1])
@@ -176,7 +173,7 @@ class ReferenceSummarize(Impl):
         return []
 
     def __call__(self, call: SummarizeCall) -> BlockSummary:
-        work = _work_dtype(call.k.dtype)
+        work = work_dtype(call.k.dtype)
         batch, kv_len, heads, dim = call.k.shape
         columns = block_count(kv_len, call.block)
         key_mean = torch.zeros(batch, columns, heads, dim, dtype=work, device=call.k.device)

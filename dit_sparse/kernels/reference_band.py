@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, BandedCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, BandedCall, Impl, work_dtype
 from dit_sparse.kernels.reference import ReferenceAttention
 
 
@@ -18,7 +18,7 @@ class ReferenceBanded(Impl):
         batch, tokens, heads, _ = call.q.shape
         attend = ReferenceAttention()
         out = torch.zeros_like(call.q)
-        work = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        work = work_dtype(call.q.dtype)
         lse = call.q.new_full((batch, heads, tokens), float("-inf"), dtype=work)
         for head, pattern in enumerate(call.bands.heads):
             if pattern.skip:

@@ -39,12 +39,20 @@ class BlockSummary:
             contributes nothing where it is skipped.
         slope: ``sum_j sum_{t in j} (k_t - kbar_j) v_t^T / sum_j n_j``, ``[batch, heads, dim, dim]``
             fp32, or None.
+        rounded: The slope in the keys' dtype, where whoever made it rounded it at once, or None.
     """
 
     key_mean: Tensor
     value_mean: Tensor
     count: Tensor
     slope: Tensor | None = None
+    rounded: Tensor | None = None
+
+    def slope_as(self, dtype: torch.dtype) -> Tensor | None:
+        """The slope as kernels multiply by it, contiguous; None if there is none."""
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
+        return None if self.slope is None else self.slope.to(dtype).contiguous()
 
 
 def add_skipped(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
 from dit_sparse.kernels.triton_common import (
     INTERPRETED,
     LOG2_E,
@@ -147,7 +147,7 @@ def _attention_fwd_kernel(
     valid_prefix,  # [batch] int32, or None
     key_mean,  # [batch, heads, kv_blocks, dim], contiguous; None without a summary
     value_mean,  # as key_mean
-    log_count,  # [batch, kv_blocks] fp32, base 2
+    key_count,  # [batch, kv_blocks] fp32
     slope,  # [batch, heads, dim, dim] as q, contiguous, or None
     bits,  # [batch | 1, heads | 1, mask rows, ceil(kv_blocks / 32)] int32
     kept_lse,  # as lse
@@ -263,7 +263,7 @@ def _attention_fwd_kernel(
             matrix = slope + (batch64 * heads + head) * DIM * DIM
         acc, denom, peak = add_summaries(
             acc, denom, peak, queries, key_mean + first, value_mean + first,
-            log_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 32), matrix,
+            key_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 32), matrix,
             columns, DIM, scale, scale_log2, DIM, DIM_PAD, TILE_K,
         )  # fmt: skip
     empty = denom == 0.0
@@ -327,7 +327,7 @@ def _rows_view(tensor: Tensor) -> tuple[list[int], list[int], tuple[int, int, in
 def tma_reasons(call: AttentionCall) -> list[str]:
     """Why ``call`` cannot read keys and values through TMA descriptors; empty if it can."""
     reasons = []
-    if not INTERPRETED and torch.cuda.get_device_capability(call.q.device)[0] < 9:
+    if not INTERPRETED and compute_capability(call.q.device)[0] < 9:
         reasons.append("TMA needs compute capability 9.0 or newer")
     if call.q.shape[-1] not in (64, 128):
         reasons.append(f"the TMA path takes head dims 64 and 128, got {call.q.shape[-1]}")
@@ -399,13 +399,13 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         mask_head = mask_rows if mask_heads > 1 else 0
     flags, prefix = validity(call.key_valid)
     summary = call.summary if mask is not None else None
-    key_mean = value_mean = log_count = slope = bits = kept_lse = None
+    key_mean = value_mean = key_count = slope = bits = kept_lse = None
     if summary is not None and mask is not None:
         key_mean, value_mean = (
             x.transpose(1, 2).contiguous() for x in (summary.key_mean, summary.value_mean)
         )
-        log_count = summary.count.float().log2().contiguous()
-        slope = None if summary.slope is None else summary.slope.to(q.dtype).contiguous()
+        key_count = summary.count.float().contiguous()
+        slope = summary.slope_as(q.dtype)
         bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
         bits = bits.view(torch.int32)
         kept_lse = torch.empty_like(lse)
@@ -423,7 +423,7 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         _attention_fwd_kernel[(triton.cdiv(q_len, tile_q), batch * heads)](
             q, k_arg, v_arg, out if v is not None else None, lse,
             counts, indices, flags, prefix,
-            key_mean, value_mean, log_count, slope, bits, kept_lse,
+            key_mean, value_mean, key_count, slope, bits, kept_lse,
             q.stride(0), q.stride(1), q.stride(2), *k_steps, *v_steps,
             mask_batch, mask_head, list_len, heads, q_len, kv_len,
             call.scale, call.scale * LOG2_E,

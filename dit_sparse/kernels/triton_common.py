@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_sparse.kernels.ops import compute_capability
+
 LOG2_E = 1.4426950408889634
 MASK_BLOCKS = (64, 128)
 MAX_DIM = 256
@@ -39,8 +41,8 @@ def refusals(q: Tensor, block: tuple[int, int] | None) -> list[str]:
             reasons.append("the interpreter of triton has no bfloat16 matrix product")
     elif q.device.type != "cuda":
         reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1), got {q.device}")
-    elif torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        found = torch.cuda.get_device_capability(q.device)
+    elif torch.version.hip is None and compute_capability(q.device) < (8, 0):
+        found = compute_capability(q.device)
         reasons.append(f"needs compute capability 8.0 or newer, got {found[0]}.{found[1]}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         reasons.append(f"dtype must be bfloat16, float16 or float32, got {q.dtype}")

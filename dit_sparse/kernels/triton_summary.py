@@ -21,6 +21,8 @@ from dit_sparse.mask import block_count
 
 # Partial sums of the slope: enough programs to fill a card, few enough to add up cheaply.
 _SLOPE_PROGRAMS = 512
+# Entries of the slope that a program adds up.
+_PLACES = 256
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def add_summaries(
     q,
     key_mean,  # first block of this batch element and head
     value_mean,
-    log_count,  # [kv_blocks] fp32 of this batch element, base 2
+    count,  # [kv_blocks] fp32 of this batch element
     bits,  # packed mask row in 32-bit words
     slope,  # [dim, dim] of this batch element and head in the queries' dtype, or None
     columns,
@@ -50,8 +52,9 @@ def add_summaries(
         column = start + tl.arange(0, TILE_C)
         inside = column < columns
         word = tl.load(bits + column // 32, mask=inside, other=0)
-        bias = tl.load(log_count + column, mask=inside, other=NEG_INF)
-        bias = tl.where(((word >> (column % 32)) & 1) == 0, bias, NEG_INF)
+        size = tl.load(count + column, mask=inside, other=0.0)
+        counts = (size > 0.0) & (((word >> (column % 32)) & 1) == 0)
+        bias = tl.where(counts, tl.log2(tl.where(counts, size, 1.0)), NEG_INF)
         at = column[:, None] * stride + dims[None, :]
         load_mask = inside[:, None] & (dims < DIM)[None, :]
         keys = tl.load(key_mean + at, mask=load_mask, other=0.0)
@@ -157,6 +160,41 @@ def _summarize_kernel(
         )
 
 
+@triton.jit
+def _slope_kernel(
+    partial,  # [batch, heads, programs, SIZE] fp32
+    count,  # [batch, columns] fp32
+    slope,  # [batch, heads, SIZE] fp32
+    rounded,  # same in the keys' dtype, or None
+    heads,
+    programs,
+    columns,
+    SIZE: tl.constexpr,  # dim * dim
+    PARTS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Mean over keys from partial sums: ``PLACES`` entries of one head's matrix."""
+    plane = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    partial += plane * programs * SIZE
+    count += plane // heads * columns
+    total = tl.zeros([PLACES], dtype=tl.float32)
+    for first in range(0, programs, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < programs)[:, None] & (place < SIZE)[None, :]
+        at = part[:, None] * SIZE + place[None, :]
+        total += tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0)
+    keys = tl.zeros([PLACES], dtype=tl.float32)
+    for start in range(0, columns, PLACES):
+        column = start + tl.arange(0, PLACES)
+        keys += tl.load(count + column, mask=column < columns, other=0.0)
+    total = total / tl.maximum(tl.sum(keys, 0), 1.0)
+    tl.store(slope + plane * SIZE + place, total, mask=place < SIZE)
+    if rounded is not None:
+        at = rounded + plane * SIZE + place
+        tl.store(at, total.to(rounded.dtype.element_ty), mask=place < SIZE)
+
+
 def _stages(call: SummarizeCall) -> int:
     """Depth of the pipeline of loads: 96 KiB of shared memory, which all cards have."""
     tile = 2 * call.block * padded_dim(call.k.shape[-1]) * call.k.element_size()
@@ -205,5 +243,11 @@ class TritonSummarize(Impl):
             )  # fmt: skip
         if partial is None:
             return BlockSummary(*means, count)
-        live = count.sum(-1).clamp(min=1)[:, None, None, None]
-        return BlockSummary(*means, count, partial.sum(2) / live)
+        slope = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=device)
+        rounded = None if k.dtype == torch.float32 else torch.empty_like(slope, dtype=k.dtype)
+        with torch.cuda.device_of(k):
+            _slope_kernel[(triton.cdiv(dim * dim, _PLACES), batch * heads)](
+                partial, count, slope, rounded, heads, programs, columns,
+                SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
+            )  # fmt: skip
+        return BlockSummary(*means, count, slope, rounded)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.mask import Block, PackedMask, block_sides, block_sizes
-from dit_sparse.methods.base import Call, Method, check_block, video_blocks
+from dit_sparse.methods.base import Call, Method, check_block, check_box, video_blocks
 from dit_sparse.schedule import Phase, Schedule
 
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
@@ -79,12 +79,7 @@ class AdaSpa(Method):
                 f"{self.sparsity}; sparsity=0.8 keeps 20 %"
             )
         check_block(self.block)
-        if self.tile is not None and (
-            len(self.tile) != 3 or any(not isinstance(n, int) or n < 1 for n in self.tile)
-        ):
-            raise ValueError(
-                f"tile must be (frames, height, width) in tokens, or None, got {self.tile!r}"
-            )
+        check_box("tile", self.tile)
         if self.staleness is not None and not self.staleness > 0:
             raise ValueError(f"staleness must be positive or None, got {self.staleness!r}")
         Schedule(self.search)

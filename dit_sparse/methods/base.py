@@ -101,6 +101,18 @@ def check_block(block: Block) -> None:
         )
 
 
+def check_box(name: str, value: Any) -> None:
+    """Refuses what is neither (frames, height, width) in tokens nor None."""
+    if value is not None and (
+        not isinstance(value, tuple)
+        or len(value) != 3
+        or any(not isinstance(n, int) or n < 1 for n in value)
+    ):
+        raise ValueError(
+            f"{name} must be (frames, height, width) in tokens, or None, got {value!r}"
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One self-attention call, with everything a method may use.
@@ -151,8 +163,19 @@ class Call:
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
-    kernel: str = "own"
+    # Who computed attention under masks, in the order of the calls; one list for all copies.
+    kernels: list[str] = field(default_factory=list)
     search_watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def kernel(self) -> str:
+        """Who computed this call, for the report: names of implementations, joined by ``"+"``.
+
+        ``"own"`` where it was the model's own attention, ``"none"`` where nothing was left to do.
+        """
+        if self.head_density is None:
+            return "own"
+        return "+".join(dict.fromkeys(self.kernels)) or "none"
 
     @property
     def branch_shared(self) -> dict[str, Any]:
@@ -240,6 +263,7 @@ class Call:
             key_valid=self.key_valid,
             scale=self.scale,
             impl=self.impl,
+            on_choice=None if mask is None else self.kernels.append,
         )
 
     def neighborhood_attention(
@@ -255,6 +279,7 @@ class Call:
             key_valid=self.key_valid,
             scale=self.scale,
             impl=self.impl,
+            on_choice=self.kernels.append,
         )
 
     def banded_attention(self, bands: BandMask) -> Attended:
@@ -267,6 +292,7 @@ class Call:
             key_valid=self.key_valid,
             scale=self.scale,
             impl=self.impl,
+            on_choice=self.kernels.append,
         )
 
     def summarize(self, block: int, first_order: bool = False) -> BlockSummary:
@@ -322,55 +348,19 @@ class Call:
         )
 
     def record(
-        self,
-        phase: Phase,
-        mask: PackedMask | NeighborhoodMask | BandMask | None = None,
-        summary: bool = False,
+        self, phase: Phase, mask: PackedMask | NeighborhoodMask | BandMask | None = None
     ) -> None:
         """Notes what this call does, for the report. Reads nothing back from the device.
 
         Args:
             phase: What kind of call it is.
             mask: What it computes; None if all.
-            summary: Whether summaries stand for the blocks that ``mask`` skips.
         """
         self.phase = phase
-        if mask is None:
-            return
         if isinstance(mask, BandMask):
             self.head_density = mask.head_density(self.q.device)
-            banded = ops.BandedCall(self.q, self.k, self.v, mask, self.key_valid, 1.0)
-            self.kernel = ops.select("banded_attention", banded, self.impl).name
-            return
-        self.head_density = mask.head_density
-        if isinstance(mask, PackedMask):
-            self.kernel = ops.select("attention", self._kernel_query(mask, summary), self.impl).name
-        else:
-            self.kernel = "+".join(self._neighborhood_kernels(mask))
-
-    def _neighborhood_kernels(self, mask: NeighborhoodMask) -> list[str]:
-        """Who computes the full and who the partial blocks; one name if it is the same."""
-        calls: dict[str, Any] = {}
-        if mask.full is not None:
-            calls["attention"] = ops.AttentionCall(
-                self.q, self.k, self.v, mask.full, self.key_valid, 1.0
-            )
-        if mask.partial is not None:
-            calls["neighborhood"] = ops.NeighborhoodCall(
-                self.q, self.k, self.v, mask, mask.partial, None, self.key_valid, 1.0
-            )
-        names = [ops.select(op, call, self.impl).name for op, call in calls.items()]
-        return list(dict.fromkeys(names))
-
-    def _kernel_query(self, mask: PackedMask, summary: bool) -> ops.AttentionCall:
-        # The choice depends on shapes and types alone: no list is made for the question.
-        shape = (*mask.shape[:3], mask.longest)
-        indices = torch.empty(shape, dtype=torch.int32, device="meta")
-        counts = torch.empty(shape[:3], dtype=torch.int32, device="meta")
-        listed = BlockMask(counts, indices, mask.block, mask.seq)
-        # That there is one is all that counts, not what it holds.
-        means = BlockSummary(self.k, self.v, self.k) if summary else None
-        return ops.AttentionCall(self.q, self.k, self.v, listed, self.key_valid, 1.0, means)
+        elif mask is not None:
+            self.head_density = mask.head_density
 
 
 @dataclass(frozen=True)

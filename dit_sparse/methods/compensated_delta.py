@@ -36,7 +36,7 @@ from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering
 from dit_sparse.mask import Block, block_sides
-from dit_sparse.methods.base import Call, check_block, video_blocks
+from dit_sparse.methods.base import Call, check_block, check_box, video_blocks
 from dit_sparse.methods.block_scores import error_scores, pooled_softmax
 from dit_sparse.methods.drift import Later, drift, keep_reference
 from dit_sparse.methods.head_budget import compensation_size, level_counts, spread
@@ -156,6 +156,7 @@ class CompensatedDelta(ResidualMethod):
         if self.theta is not None and (isinstance(self.theta, bool) or not self.theta > 0):
             raise ValueError(f"theta must be a number above 0 or None, got {self.theta!r}")
         check_block(self.block)
+        check_box("tile", self.tile)
 
     @classmethod
     def exact(cls) -> CompensatedDelta:
@@ -189,7 +190,7 @@ class CompensatedDelta(ResidualMethod):
             stop()
         if self.theta is not None:
             call.memory["drift"] = Later.begin(drift(moved, out, self._rows))
-        call.record(Phase.SPARSE, call.memory["mask"], summary=self.summary != "drop")
+        call.record(Phase.SPARSE, call.memory["mask"])
         call.head_density = self._density(moved, delta, turns)
         if delta:
             return self._corrected(moved, out, order)

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.methods.base import Call
-from dit_sparse.methods.estimates import video_mass, work_dtype
+from dit_sparse.methods.estimates import video_mass
 from dit_sparse.methods.scored import BlockScored, check_count
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dit_sparse.layout import Ordering, TokenLayout
 from dit_sparse.mask import PackedMask, block_count
-from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.scored import BlockMasked, check_box, check_count
+from dit_sparse.methods.base import Call, check_box, video_blocks
+from dit_sparse.methods.scored import BlockMasked, check_count
 
 
 @dataclass(frozen=True)

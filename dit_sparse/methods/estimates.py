@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import ops
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.mask import PackedMask, block_count, block_sizes
 from dit_sparse.methods.base import Call, video_blocks
 
@@ -71,11 +72,6 @@ def top_share(mass: Tensor, share: float) -> Tensor:
     before = ranked.cumsum(-1) - ranked
     needed = before < share * mass.sum(-1, keepdim=True)
     return torch.zeros_like(needed).scatter_(-1, order, needed)
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics: fp64 for fp64 operands, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_means(x: Tensor, block: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

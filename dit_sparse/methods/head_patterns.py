@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.methods.base import Call
-from dit_sparse.methods.estimates import rank_of, scale_of, work_dtype
+from dit_sparse.methods.estimates import rank_of, scale_of
 from dit_sparse.methods.grid_heads import SOUGHT, affordable_excess, grid_evidence, grid_lines
 from dit_sparse.methods.pattern_table import A_SHAPE, GRID, VERTICAL_SLASH
 from dit_sparse.methods.strides import TokenGroup

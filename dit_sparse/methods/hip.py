@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.layout import Ordering, TokenLayout
 from dit_sparse.mask import PackedMask
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import kept_count, scale_of, work_dtype
+from dit_sparse.methods.estimates import kept_count, scale_of
 from dit_sparse.methods.scored import BlockSearched, check_share
 
 # Keys, queries and scores held at a time.

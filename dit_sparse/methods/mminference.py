@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.mask import PackedMask, block_count
-from dit_sparse.methods.base import Call, Method
+from dit_sparse.methods.base import Call, Method, check_box
 from dit_sparse.methods.head_patterns import (
     Chosen,
     Wanted,
@@ -32,7 +32,7 @@ from dit_sparse.methods.modality_parts import (
     parts_density,
 )
 from dit_sparse.methods.pattern_table import KINDS, Pattern, PatternTable
-from dit_sparse.methods.scored import check_box, check_count, check_share
+from dit_sparse.methods.scored import check_count, check_share
 from dit_sparse.methods.strides import Ranges, TokenGroup, check_stride, token_group
 from dit_sparse.schedule import Phase, Schedule
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.layout import TokenLayout, tile_ordering_on
 from dit_sparse.mask import PackedMask, block_count
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import work_dtype
 from dit_sparse.methods.scored import Tiled, check_count, check_share
 from dit_sparse.schedule import Phase, Schedule
 

@@ -182,6 +182,7 @@ def attend_side(call: Call, parts: Sequence[Part]) -> Attended:
             key_valid=valid,
             scale=call.scale,
             impl=call.impl,
+            on_choice=call.kernels.append,
         )
         if result is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.mask import PackedMask
 from dit_sparse.methods.adaspa import AdaSpa
-from dit_sparse.methods.base import Call
+from dit_sparse.methods.base import Call, check_box
 from dit_sparse.methods.residual import ResidualMethod, ResidualStore
 from dit_sparse.methods.residual_values import Residual
 from dit_sparse.methods.windows import nearest_window, raster_window
@@ -90,12 +90,7 @@ class Rettention(ResidualMethod):
             raise ValueError(f"mask must be one of {MASKS}, got {self.mask!r}")
         if self.block not in (64, 128):
             raise ValueError(f"block must be 64 or 128 tokens, got {self.block!r}")
-        if self.tile is not None and (
-            len(self.tile) != 3 or any(not isinstance(n, int) or n < 1 for n in self.tile)
-        ):
-            raise ValueError(
-                f"tile must be (frames, height, width) in tokens, or None, got {self.tile!r}"
-            )
+        check_box("tile", self.tile)
         PeriodicSchedule(self.warmup, self.period)
 
     @classmethod

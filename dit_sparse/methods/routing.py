@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.mask import PackedMask, block_count
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import scale_of, work_dtype
+from dit_sparse.methods.estimates import scale_of
 from dit_sparse.methods.head_order import HeadOrder, regroup
 from dit_sparse.methods.hyperattention import gray_rank, random_directions
 from dit_sparse.methods.scored import BlockScored, check_count

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_sparse.layout import Ordering
 from dit_sparse.mask import PackedMask, block_count
-from dit_sparse.methods.base import Call, Method, video_blocks
+from dit_sparse.methods.base import Call, Method, check_box, video_blocks
 from dit_sparse.methods.estimates import best_blocks
 from dit_sparse.schedule import Cadence, Phase
 
@@ -165,16 +165,6 @@ class BlockScored(Tiled, BlockSearched):
 
     def find(self, call: Call) -> PackedMask:
         return best_blocks(call, self.scores(call), self.sparsity, self.block)
-
-
-def check_box(name: str, value: Any) -> None:
-    """Refuses what is neither (frames, height, width) in tokens nor None."""
-    if value is not None and (
-        len(value) != 3 or any(not isinstance(n, int) or n < 1 for n in value)
-    ):
-        raise ValueError(
-            f"{name} must be (frames, height, width) in tokens, or None, got {value!r}"
-        )
 
 
 def check_share(name: str, value: Any, least: float, below: float | None = None) -> None:

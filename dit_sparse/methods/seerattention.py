@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.ops import work_dtype
 from dit_sparse.mask import block_count
 from dit_sparse.methods.base import Call, video_blocks
-from dit_sparse.methods.estimates import as_mass, block_means, work_dtype
+from dit_sparse.methods.estimates import as_mass, block_means
 from dit_sparse.methods.scored import BlockScored
 
 # Names of the tensors in a file of gates.

@@ -35,7 +35,7 @@ class SparseProcessor:
         config: A method's name (``"adaspa"``), a :class:`Method`, a :class:`SparseConfig`, the path
             of a saved one (``*.json``), or None for the default.
         **options: With a name or None: options of the method or the configuration, e.g.
-            ``sparsity=0.8``.
+            ``density=0.1`` or ``strict=True``.
 
     Raises:
         ValueError: On an unknown name or option, or options beside an object that already has its

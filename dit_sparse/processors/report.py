@@ -124,6 +124,7 @@ def make_report(bindings: Sequence[Binding]) -> Report:
     for number, binding in enumerate(bindings):
         if binding.run not in runs:
             continue
+        binding.run.measure_memory()
         for (branch, layer), entry in sorted(binding.run.log.items()):
             density = None
             if entry.sparse_density is not None:
@@ -156,7 +157,7 @@ def make_report(bindings: Sequence[Binding]) -> Report:
         sparse_steps=sum(len(run.sparse_steps) for run in runs),
         attention_seconds=sum(run.attention_watch.seconds() for run in runs),
         search_seconds=sum(entry["search_seconds"] for entry in layers),
-        cache_bytes=sum(max(run.cache_bytes, run.held_bytes()) for run in runs),
+        cache_bytes=sum(run.cache_bytes for run in runs),
         kernels=dict(kernels),
         layers=layers,
         choices={

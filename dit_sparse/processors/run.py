@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ class Run:
 
     def end_generation(self) -> None:
         """Drops everything kept between steps. The log stays until the next generation begins."""
-        self.cache_bytes = max(self.cache_bytes, self.held_bytes())
+        self.measure_memory()
         self.branches = {}
         self.shared = {}
         if not self.is_idle:
@@ -198,7 +198,7 @@ class Run:
         q: Tensor,
     ) -> Branch:
         # Methods may let go of what they kept before the generation ends.
-        self.cache_bytes = max(self.cache_bytes, self.held_bytes())
+        self.measure_memory()
         fixed = (layout.grid, q.dtype, q.device)
         now = Moment.read(self.context, timestep, timesteps)
         # Passes in which a step cache skipped every layer count as well.
@@ -286,7 +286,6 @@ class Run:
         entry.last_phase = call.phase.value
         entry.kernels[call.kernel] += 1
         entry.search_watch.marks += call.search_watch.marks
-        entry.cache_bytes = max(entry.cache_bytes, stored_bytes(call.memory))
         if call.phase in (Phase.DENSE, Phase.SEARCH):
             self.dense_steps.add(call.step.index)
             return
@@ -297,6 +296,18 @@ class Run:
                 entry.add_sparse_call(call.head_density, call.q.shape[2])
             else:
                 entry.add_sparse_call(density, density.shape[-1])
+
+    def measure_memory(self) -> None:
+        """Notes what is held between two passes, in all and by layer, where it is the most yet."""
+        held = _storages(self.shared)
+        for name, branch in self.branches.items():
+            for layer, memory in branch.memory.items():
+                own = _storages(memory)
+                held.update(own)
+                if (name, layer) in self.log:
+                    entry = self.log[name, layer]
+                    entry.cache_bytes = max(entry.cache_bytes, sum(own.values()))
+        self.cache_bytes = max(self.cache_bytes, sum(held.values()))
 
     def held_bytes(self, kind: str | None = None) -> int:
         """Bytes of masks and statistics that are kept now; ``kind`` as for :func:`stored_bytes`."""
@@ -311,18 +322,30 @@ def stored_bytes(value: Any, kind: str | None = None) -> int:
         value: Tensors in containers and dataclasses.
         kind: Type of device, e.g. ``"cuda"``, to count those tensors only; None for all.
     """
-    storages = [t.untyped_storage() for t in _tensors(value) if kind in (None, t.device.type)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum(_storages(value, kind).values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            yield from _tensors(getattr(value, f.name))
+def _storages(value: Any, kind: str | None = None) -> dict[int, int]:
+    """Bytes of each storage that the tensors in ``value`` share, by its address."""
+    found: dict[int, int] = {}
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            if kind is None or item.device.type == kind:
+                storage = item.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        else:
+            names = _field_names(type(item))  # type: ignore[arg-type]  # classes are hashable
+            waiting += [getattr(item, name) for name in names]
+    return found
+
+
+@lru_cache(maxsize=256)
+def _field_names(kind: type) -> tuple[str, ...]:
+    """Fields of a dataclass; none of anything else."""
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()

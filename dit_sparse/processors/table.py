@@ -57,9 +57,9 @@ Written by `dit-sparse families --markdown` with diffusers {version}.
 ```python
 from dit_sparse import SparseProcessor, enable_sparse_attention
 
-pipe.transformer.set_attn_processor(SparseProcessor("adaspa"))  # where the model has the method
-enable_sparse_attention(pipe, "adaspa")  # always
-SparseProcessor("adaspa").install(pipe.transformer)  # always, one transformer
+pipe.transformer.set_attn_processor(SparseProcessor())  # where the model has the method
+enable_sparse_attention(pipe)  # always
+SparseProcessor().install(pipe.transformer)  # always, one transformer
 ```
 
 `set_attn_processor` is a method of diffusers that not every model has. Without it Python raises

@@ -174,3 +174,33 @@ def test_summary_is_one_line_and_the_table_has_a_row_for_each_layer(clip: Any, w
     assert max(len(line) for line in table.splitlines()) <= 200
     assert "\x1b" not in table
     assert max(len(line) for line in report.table(width=80).splitlines()) <= 80
+
+
+def test_kernels_are_those_that_computed(wan: Any, inputs: Any, monkeypatch: Any) -> None:
+    model = wan()
+    asked: list[str] = []
+    select = ops.select
+    monkeypatch.setattr(ops, "select", lambda op, *a: asked.append(op) or select(op, *a))
+    reuse = {"density": 0.0, "summary": "drop", "refresh": "never", "warmup": 1}
+    for options, kernel in (({"density": 0.5}, "cpu"), ({}, "none")):
+        with enable_sparse_attention(model, "compensated_delta", **(reuse | options)) as sparse:
+            model(**inputs(900.0))
+            asked.clear()
+            model(**inputs(500.0))
+            # Asked for the computation alone, once a layer.
+            assert asked.count("attention") == (2 if kernel == "cpu" else 0)
+            for entry in sparse.report().layers:
+                assert entry["kernels"] == {"own": 1, kernel: 1}
+
+
+def test_memory_that_a_layer_lets_go_of_still_counts(wan: Any, inputs: Any) -> None:
+    model = wan()
+    with enable_sparse_attention(model, "adaspa", sparsity=0.5, search=(0,)) as sparse:
+        for timestep in (900.0, 500.0):
+            model(**inputs(timestep))
+        before = [entry["cache_bytes"] for entry in sparse.report().layers]
+        for memory in sparse.bindings[0].run.branches["call"].memory.values():
+            memory.clear()
+        report = sparse.report()
+    assert min(before) > 0 and [entry["cache_bytes"] for entry in report.layers] == before
+    assert report.cache_bytes == sum(before)

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall
+from dit_sparse.kernels.ops import Attended, AttentionCall, compute_capability
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.kernels.triton_common import LOG2_E, last_contiguous, validity
 from dit_sparse.kernels.triton_mask import expand
@@ -511,7 +511,7 @@ def _attention_kernel(
 def reasons(call: AttentionCall) -> list[str]:
     """Why this kernel cannot compute ``call``; empty if it can."""
     found = []
-    if torch.cuda.get_device_capability(call.q.device) != (9, 0):
+    if compute_capability(call.q.device) != (9, 0):
         found.append("needs compute capability 9.0")
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"takes bfloat16 and float16, got {call.q.dtype}")
@@ -581,8 +581,8 @@ def launch(call: AttentionCall) -> Attended:
         bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
         bits = bits.view(torch.int32)
         mean_k, mean_v = (_descriptor(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
-        if summary.slope is not None:
-            matrix = summary.slope.to(q.dtype).contiguous()
+        matrix = summary.slope_as(q.dtype)
+        if matrix is not None:
             slope = _descriptor(matrix.transpose(1, 2), dim)
     total = mask_rows * batch * heads
     edge = min(EDGE, mask_rows // 2)
