@@ -245,8 +245,8 @@ def kernels() -> set[str]:
 
 def run(archs: list[int], only: str, output: Path | None, jobs: int) -> bool:
     """Prints one line for each kernel; whether all are right and, without ``only``, occurred."""
-    words = only.split()
-    names = [c.name for c in cases() if set(words) <= set(c.name.split())]
+    wanted = [set(words.split()) for words in only.split(",")]
+    names = [c.name for c in cases() if any(words <= set(c.name.split()) for words in wanted)]
     if not names:
         raise ValueError(f"expected words of a case in --only, got {only!r}")
     tasks = [(name, arch) for arch in archs for name in names]
@@ -264,7 +264,7 @@ def run(archs: list[int], only: str, output: Path | None, jobs: int) -> bool:
                 rows.append(row)
                 print(row, flush=True)
     good = not any(row.faults for row in rows)
-    if not words and (missing := kernels() - {row.kernel for row in rows}):
+    if not only and (missing := kernels() - {row.kernel for row in rows}):
         print(f"FAIL no case launches {sorted(missing)}")
         good = False
     if output is not None:
@@ -273,7 +273,7 @@ def run(archs: list[int], only: str, output: Path | None, jobs: int) -> bool:
             tool: getattr(triton.knobs.nvidia, tool).version
             for tool in ("ptxas", "ptxas_blackwell")
         }
-        content = {"versions": versions, "rows": [asdict(row) for row in rows]}
+        content = {"versions": versions, "only": only, "rows": [asdict(row) for row in rows]}
         output.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{len(rows)} kernels, {sum(bool(row.faults) for row in rows)} wrong")
     return good
@@ -284,7 +284,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--arch", default=",".join(map(str, SHARED_KIB)))
-    parser.add_argument("--only", default="", help="words of a case's name, e.g. 'attention 128'")
+    parser.add_argument("--only", default="", help="words of names, e.g. 'attention 128,summarize'")
     parser.add_argument("--output", type=Path, help="writes the rows as JSON")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
