@@ -30,7 +30,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -51,7 +50,7 @@ from dit_sparse.kernels.triton_common import INTERPRETED
 # Specifications per Compute Capability".
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # Kernels whose spills are listed but not judged: with the slope a program holds a dim x dim matrix
-# of fp32 beside a whole block of keys and values. It runs once a search, not once a step.
+# of fp32 beside a whole block of keys and values.
 SPILLS_ALLOWED = {"_summarize_kernel"}
 # What runs on Hopper was chosen by measuring it there.
 MEASURED_ARCH = 90
@@ -76,7 +75,6 @@ class Compiled:
         warps: Of a block.
         stages: Depth of the software pipeline.
         descriptors: Whether it is given TMA descriptors.
-        seconds: That compiling took, 0 where triton's cache had it.
         faults: What is wrong with it.
     """
 
@@ -90,7 +88,6 @@ class Compiled:
     warps: int
     stages: int
     descriptors: bool
-    seconds: float
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -197,7 +194,6 @@ def compile_case(case: Case, arch: int) -> list[Compiled]:
     original = JITFunction.run
 
     def record(function: JITFunction, *args, grid, warmup, **options):
-        start = time.perf_counter()
         name, stages = function.__name__, options.get("num_stages", 0)
         warps = options.get("num_warps", 0)
         try:
@@ -206,18 +202,17 @@ def compile_case(case: Case, arch: int) -> list[Compiled]:
             lines = [line for line in str(error).splitlines() if "fatal" in line] or [str(error)]
             fault = f"{type(error).__name__}: {lines[0][:300]}"
             found.append(
-                Compiled(name, case.name, arch, 0, 0, 0, 0, warps, stages, False, 0.0, (fault,))
+                Compiled(name, case.name, arch, 0, 0, 0, 0, warps, stages, False, (fault,))
             )
             return None
         shared = kernel.metadata.shared
         registers, local, spills = _resources(kernel.asm["cubin"])
         tma = any(str(kind).startswith("tensordesc") for kind in kernel.src.signature.values())
         faults = tuple(_faults(case, name, arch, shared, spills, kernel.asm["ptx"], tma))
-        seconds = round(time.perf_counter() - start, 2)
         found.append(
             Compiled(
                 name, case.name, arch, shared, registers, local, spills, kernel.metadata.num_warps,
-                stages, tma, seconds, faults,
+                stages, tma, faults,
             )
         )  # fmt: skip
         return kernel

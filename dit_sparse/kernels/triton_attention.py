@@ -301,7 +301,10 @@ def default_config(call: AttentionCall, path: Path) -> Config:
             return Config(128, 64, 4, 2)
         # Without products of whole warp groups operands take registers too: 4 warps spill in the
         # loops. On consumer Blackwell so do 8, unless tiles are narrower.
-        return Config(128, 32 if partial or major == 12 else 64, 8, 2)
+        # Summaries do that to tiles of 64 queries on Ampere.
+        query_block = 0 if call.mask is None else call.mask.block[0]
+        small = major == 8 and call.summary is not None and query_block == 64
+        return Config(128, 32 if partial or small or major == 12 else 64, 8, 2)
     if partial or major == 12:
         # 64x128 spills in the loops.
         return Config(64, 64, 4, 2)
