@@ -21,6 +21,7 @@ from dit_sparse.kernels.triton_common import (
     INTERPRETED,
     LOG2_E,
     RANK,
+    capability,
     last_contiguous,
     padded_dim,
     refusals,
@@ -279,7 +280,9 @@ def _attention_fwd_kernel(
 def default_config(call: AttentionCall, path: Path) -> Config:
     """Launch parameters for ``call``, before they are cut to the mask's blocks.
 
-    Fixed rather than tuned at the first call, which would stall a user's first step.
+    Fixed rather than tuned at the first call, which would stall a user's first step. Those for
+    Hopper were measured; others were chosen by what compiles without spilling in a loop, see
+    `benchmarks.check_compile`.
     """
     dim = padded_dim(call.q.shape[-1])
     if call.q.dtype == torch.float32:
@@ -289,11 +292,22 @@ def default_config(call: AttentionCall, path: Path) -> Config:
     if dim == 256:
         # 68 KiB of shared memory fit the 99 KiB of consumer cards; 4 warps spill, 8 do not.
         return Config(64, 32, 8, 2)
+    major, _ = capability(call.q)
+    # Loads of part of a tile's columns take registers for their masks.
+    partial = major != 9 and call.q.shape[-1] != dim
     if dim == 128:
-        # Measured on H100 with TMA: 128x64, 4 warps, 2 stages reaches 71-81 % of ideal. Its
-        # 96 KiB of shared memory also fit consumer cards. Pointers take more registers: 4 warps
-        # spill, 8 do not.
-        return Config(128, 64, 4, 2) if path == "tma" else Config(128, 64, 8, 2)
+        if major == 9 and path == "tma":
+            # Measured on H100: reaches 71-81 % of ideal.
+            return Config(128, 64, 4, 2)
+        # Without products of whole warp groups operands take registers too: 4 warps spill in the
+        # loops. On consumer Blackwell so do 8, unless tiles are narrower.
+        # Summaries do that to tiles of 64 queries on Ampere.
+        query_block = 0 if call.mask is None else call.mask.block[0]
+        small = major == 8 and call.summary is not None and query_block == 64
+        return Config(128, 32 if partial or small or major == 12 else 64, 8, 2)
+    if partial or major == 12:
+        # 64x128 spills in the loops.
+        return Config(64, 64, 4, 2)
     # Measured on H100 with TMA at dim 64: 64x128, 4 warps, 2 stages reaches 68-87 % of ideal.
     return Config(64, 128, 4, 2)
 
@@ -448,8 +462,20 @@ def _descriptor(tensor: Tensor, tile: int):
     return descriptor, (batch_rows, 0, head_rows, head_columns)
 
 
+def slope_reasons(call: AttentionCall) -> list[str]:
+    """Why ``call`` cannot add first-order summaries; empty if it can."""
+    if call.summary is None or call.summary.slope is None or padded_dim(call.q.shape[-1]) < 256:
+        return []
+    # The matrix of a head and the queries lie in shared memory: 160 KiB.
+    if capability(call.q) in ((8, 0), (9, 0), (10, 0)):
+        return []
+    return ["first-order summaries of head dims above 128 need 160 KiB of shared memory"]
+
+
 def _reasons(call: AttentionCall) -> list[str]:
     reasons = refusals(call.q, None if call.mask is None else call.mask.block)
+    # Only asked of a device that exists: the others were refused above.
+    reasons += [] if reasons else slope_reasons(call)
     if call.scale <= 0:
         reasons.append(f"scale must be positive, got {call.scale}")
     return reasons

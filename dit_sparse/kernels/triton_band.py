@@ -33,6 +33,7 @@ from dit_sparse.kernels.triton_attention import (
 from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
+    capability,
     last_contiguous,
     padded_dim,
     refusals,
@@ -377,7 +378,7 @@ def launch(call: BandedCall, path: Path = "pointer", config: Config | None = Non
         call: What to compute.
         path: How keys and values of the video are read; ``"tma"`` requires that
             :func:`choose_path` of the same operands gives it.
-        config: Launch parameters; ``default_config`` if None.
+        config: Launch parameters; by default those of block-sparse attention.
 
     Returns:
         ``out [batch, tokens, heads, dim]`` and ``lse [batch, heads, tokens]`` fp32.
@@ -389,7 +390,7 @@ def launch(call: BandedCall, path: Path = "pointer", config: Config | None = Non
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return Attended(out, lse)
-    config = config or default_config(_plain(call), path)
+    config = config or _config(call, path)
     tile_q, tile_k = min(config.tile_q, bands.block), min(config.tile_k, bands.block)
     flags = None if call.key_valid is None else call.key_valid.contiguous().view(torch.uint8)
     orders: tuple[TokenOrder, ...] = ("frame_major", "position_major")
@@ -420,6 +421,15 @@ def launch(call: BandedCall, path: Path = "pointer", config: Config | None = Non
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
     return Attended(out, lse)
+
+
+def _config(call: BandedCall, path: Path) -> Config:
+    config = default_config(_plain(call), path)
+    if capability(call.q)[0] != 9 and call.q.dtype != torch.float32:
+        # Addresses by place take registers that wider tiles would spill in the loops.
+        widest = 32 if padded_dim(call.q.shape[-1]) >= 128 else 64
+        return config._replace(tile_k=min(config.tile_k, widest))
+    return config
 
 
 def _plain(call: BandedCall) -> AttentionCall:

@@ -16,6 +16,7 @@ from dit_sparse.kernels.ops import BlockMassCall, Impl
 from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
+    capability,
     last_contiguous,
     padded_dim,
     refusals,
@@ -146,6 +147,8 @@ class TritonBlockMass(Impl):
         tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
         rows, columns = triton.cdiv(q_len, call.block[0]), triton.cdiv(kv_len, call.block[1])
         parts = call.block[0] // tile_q
+        # Loads of part of a tile's columns take registers for their masks; Hopper has enough.
+        partial = capability(q)[0] != 9 and padded_dim(dim) != dim
         flags, prefix = validity(call.key_valid)
         mass = torch.empty(
             batch, heads, rows * parts, columns, dtype=torch.float32, device=q.device
@@ -161,7 +164,7 @@ class TritonBlockMass(Impl):
                 BLOCK_K=call.block[1],
                 NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
                 # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
-                num_warps=8 if single or tile_q * tile_k > 64 * 128 else 4,
+                num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
                 num_stages=1 if single else 2,
             )  # fmt: skip
         return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)

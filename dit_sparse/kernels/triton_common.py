@@ -53,6 +53,11 @@ def refusals(q: Tensor, block: tuple[int, int] | None) -> list[str]:
     return reasons
 
 
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability by which launch parameters are chosen; in the interpreter that of H100."""
+    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
+
+
 def padded_dim(dim: int) -> int:
     """Width of the register tile that holds ``dim`` columns: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(dim))

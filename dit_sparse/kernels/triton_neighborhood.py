@@ -19,6 +19,7 @@ from dit_sparse.kernels.ops import Attended, Impl, NeighborhoodCall
 from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
+    capability,
     last_contiguous,
     padded_dim,
     refusals,
@@ -182,6 +183,9 @@ def default_config(call: NeighborhoodCall) -> Config:
         # 68 KiB of shared memory fit the 99 KiB of consumer cards.
         return Config(64, 32, 8, 2)
     # 8 warps: the bounds of the queries and the rule take registers beside the accumulator.
+    if capability(call.q)[0] >= 10:
+        # On Blackwell wider tiles spill in the loop.
+        return Config(128, 32, 8, 2)
     return Config(128, 64, 8, 2)
 
 

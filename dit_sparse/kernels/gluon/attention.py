@@ -40,6 +40,8 @@ TILE_Q = 128
 TILE_K = 128
 # Query tiles at either end of a sequence that are computed before all others.
 EDGE = 4
+# Its name before triton 3.9; there the old one still exists, and raises.
+_load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -94,7 +96,7 @@ def _load_tiles(
         mbarrier.wait(q_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), TILE_Q * DIM * 2)
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
+            _load_box(
                 q_desc, [batch, head, row * TILE_Q + half * (TILE_Q // 2), 0],
                 q_full.index(slot), q_smem.index(2 * slot + half),
             )  # fmt: skip
@@ -115,13 +117,13 @@ def _load_tiles(
                 if i < tiles:
                     for part in gl.static_range(SPLIT):
                         block = gl.load(listed + _entry(i, part, count, SPLIT))
-                        tma.async_copy_global_to_shared(
+                        _load_box(
                             k_desc, [batch, head, block * BLOCK_K, 0], k_full.index(stage),
                             k_smem.index(stage).slice(part * BLOCK_K, BLOCK_K, dim=2),
                         )  # fmt: skip
                 else:
                     if SUMMARY:
-                        tma.async_copy_global_to_shared(
+                        _load_box(
                             mean_k_desc, [batch, head, (i - tiles) * TILE_K, 0],
                             k_full.index(stage), k_smem.index(stage),
                         )  # fmt: skip
@@ -133,13 +135,13 @@ def _load_tiles(
                 if i <= tiles:
                     for part in gl.static_range(SPLIT):
                         block = gl.load(listed + _entry(i - 1, part, count, SPLIT))
-                        tma.async_copy_global_to_shared(
+                        _load_box(
                             v_desc, [batch, head, block * BLOCK_K, 0], v_full.index(stage),
                             v_smem.index(stage).slice(part * BLOCK_K, BLOCK_K, dim=2),
                         )  # fmt: skip
                 else:
                     if SUMMARY:
-                        tma.async_copy_global_to_shared(
+                        _load_box(
                             mean_v_desc, [batch, head, (i - 1 - tiles) * TILE_K, 0],
                             v_full.index(stage), v_smem.index(stage),
                         )  # fmt: skip
@@ -151,7 +153,7 @@ def _load_tiles(
             mbarrier.wait(v_empty.index(stage), ((n // STAGES) & 1) ^ 1)
             mbarrier.arrive(k_full.index(stage), count=1)
             mbarrier.expect(v_full.index(stage), DIM * DIM * 2)
-            tma.async_copy_global_to_shared(
+            _load_box(
                 slope_desc, [batch, head, 0, 0], v_full.index(stage),
                 v_smem.index(stage).slice(0, DIM, dim=2),
             )  # fmt: skip
