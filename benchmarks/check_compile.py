@@ -121,6 +121,9 @@ def _device(arch: int) -> Iterator[None]:
     """Makes the launchers, and triton, see a GPU of ``arch``."""
     patch = mock.patch.object
     with contextlib.ExitStack() as stack:
+        # It is asked once a device.
+        ops.compute_capability.cache_clear()
+        stack.callback(ops.compute_capability.cache_clear)
         stack.enter_context(
             patch(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10))
         )

@@ -55,7 +55,7 @@ def refusals(q: Tensor, block: tuple[int, int] | None) -> list[str]:
 
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Compute capability by which launch parameters are chosen; in the interpreter that of H100."""
-    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
+    return (9, 0) if INTERPRETED else compute_capability(tensor.device)
 
 
 def padded_dim(dim: int) -> int:
