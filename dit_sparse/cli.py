@@ -382,7 +382,7 @@ def families(
     from rich.text import Text
 
     from dit_sparse.processors.refused import REFUSED
-    from dit_sparse.processors.table import family_rows, to_markdown
+    from dit_sparse.processors.table import METHOD_MARKS, family_rows, to_markdown
 
     if markdown:
         sys.stdout.write(to_markdown())
@@ -391,7 +391,7 @@ def families(
     for column in ("class", "tokens of its self-attention", "set_attn_processor"):
         supported.add_column(column)
     for row in family_rows():
-        supported.add_row(row.model, Text(row.tokens), "yes" if row.has_method else "no")
+        supported.add_row(row.model, Text(row.tokens), METHOD_MARKS[row.has_method])
     refused = Table(title="Refused", title_justify="left")
     for column in ("class", "why"):
         refused.add_column(column)

@@ -204,7 +204,11 @@ def patched_grid(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, int, 
 
 @lru_cache(maxsize=1)
 def list_families() -> dict[str, Family]:
-    """The adapter of every supported transformer class, by class name."""
+    """The adapter of every supported transformer class, by class name.
+
+    The installed diffusers need not have all of them: each came with some version of it.
+    ``dit-sparse families`` marks those that it lacks.
+    """
     package = importlib.import_module("dit_sparse.processors")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"dit_sparse.processors.{module.name}")

@@ -105,7 +105,9 @@ class _ForwardReader:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         binding = self.binding
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        # Traced by torch 2.9, zip(strict=False) is as strict as zip(strict=True).
+        names = self.names[: len(args)]
+        arguments = {**dict(zip(names, args, strict=True)), **kwargs}
         family, scope = binding.family, binding.scope
         scope.timestep = family.timestep(arguments)
         numbers, scope.positions = family.encode(model, arguments)

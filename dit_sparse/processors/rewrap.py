@@ -213,7 +213,8 @@ def _sparse_subclass(kind: Any, explicit: Callable[..., Any] | None) -> Any:
             finally:
                 current.site = previous
 
-    Sparse.__name__ = Sparse.__qualname__ = f"Sparse{kind.__name__}"
+    # At the end: others tell fused processors by how their names begin, as diffusers' tests do.
+    Sparse.__name__ = Sparse.__qualname__ = f"{kind.__name__}Sparse"
     Sparse.__module__ = kind.__module__
     register_like(Sparse, kind)
     return Sparse

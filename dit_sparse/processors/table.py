@@ -73,7 +73,11 @@ that takes part. *Tested*: every class runs tiny models through all-dense steps 
 bit for bit), through a full mask of our kernels (equal up to rounding), and over more than a
 hundred shapes; beside that, *compile* compares the number of graphs with upstream's, and the
 named pipelines run whole generations.
+
+The newest of these classes are missing from older versions of diffusers; `dit-sparse families`
+marks those that the installed one lacks, and [mirror.md](mirror.md) has what was tested with it.
 """
+METHOD_MARKS = {True: "yes", False: "no", None: "not in this diffusers"}
 REFUSALS = """
 ## Refused
 
@@ -141,13 +145,13 @@ def to_markdown() -> str:
     """The text of ``docs/families.md``."""
     import diffusers
 
-    marks = {True: "yes", False: "no", None: "not in this diffusers"}
     lines = [INTRODUCTION.format(version=diffusers.__version__)]
     lines += ["| transformer | tokens | `set_attn_processor` | adapter | also tested in |"]
     lines += ["|---|---|---|---|---|"]
     for row in family_rows():
         adapter = f"[{row.adapter}](../dit_sparse/processors/{row.adapter}.py)"
-        cells = (row.model, row.tokens, marks[row.has_method], adapter, ", ".join(row.tested))
+        method, tested = METHOD_MARKS[row.has_method], ", ".join(row.tested)
+        cells = (row.model, row.tokens, method, adapter, tested)
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     lines += [REFUSALS, "| transformer | why |", "|---|---|"]
     lines += [f"| {model} | {reason} |" for model, reason in sorted(REFUSED.items())]

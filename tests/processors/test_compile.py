@@ -43,8 +43,10 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # The dispatcher of older versions of diffusers asks for torch's version.
-        warnings.filterwarnings("ignore", ".*lru_cache.*attention_dispatch", UserWarning)
+        # The dispatcher of older versions of diffusers asks for torch's version. Torch 2.9 does not
+        # say whose function it is.
+        whose = r".*lru_cache.*(attention_dispatch|wrapped function\. )"
+        warnings.filterwarnings("ignore", whose, UserWarning)
         yield
     torch.compiler.reset()
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import list_families
 from dit_sparse.cli import app
+from dit_sparse.processors import table
 from dit_sparse.processors.refused import REFUSED
 from dit_sparse.processors.table import (
     COMPILED,
@@ -74,3 +75,15 @@ def test_the_command_prints_both_tables() -> None:
     assert "linear already" in plain.output
     markdown = CliRunner().invoke(app, ["families", "--markdown"])
     assert markdown.output == to_markdown()
+
+
+def test_the_command_marks_what_this_diffusers_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = dict(transformer_classes())
+    del classes["MochiTransformer3DModel"]
+    monkeypatch.setattr(table, "transformer_classes", lambda: classes)
+    out = CliRunner().invoke(app, ["families"], env={"COLUMNS": "160"}).output
+    lines = out.splitlines()
+    (absent,) = (line for line in lines if " MochiTransformer3DModel " in line)
+    (present,) = (line for line in lines if " WanTransformer3DModel " in line)
+    assert "not in this diffusers" in absent
+    assert "not in this diffusers" not in present

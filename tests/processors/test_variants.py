@@ -209,7 +209,7 @@ def test_fused_projections_before_binding() -> None:
     assert isinstance(model.transformer_blocks[0].attn1.processor, FusedCogVideoXAttnProcessor2_0)
     with SparseProcessor("full").install(model) as sparse:
         assert type(model.transformer_blocks[0].attn1.processor).__name__ == (
-            "SparseFusedCogVideoXAttnProcessor2_0"
+            "FusedCogVideoXAttnProcessor2_0Sparse"
         )
         assert sparse.bindings[0].sites[0].original.__class__ is FusedCogVideoXAttnProcessor2_0
 
