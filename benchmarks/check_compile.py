@@ -43,7 +43,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compile_cases import Case, cases
-from dit_sparse.kernels import triton_mask
+from dit_sparse.kernels import ops, triton_mask
 from dit_sparse.kernels.triton_common import INTERPRETED
 
 # KiB of shared memory that one block of threads may have; CUDA C++ Programming Guide, "Technical
