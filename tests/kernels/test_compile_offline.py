@@ -24,7 +24,7 @@ CASES = (
     "merge bfloat16 128",
     "reorder bfloat16 128",
     "residual bfloat16 128 torch.float8_e4m3fn",
-    "summarize bfloat16 128 128 False",
+    "summarize bfloat16 128 128 True",
     "top_blocks 16384",
 )
 # With the names of cases as arguments; the kernels of a session are interpreted, hence a process.
