@@ -172,7 +172,7 @@ def facts(result: Result) -> list[str]:
     missing = [(row["arm"], row["error"]) for row in errors]
     late = []
     for skip in result.data["skipped"]:
-        # The machine was lent for a while: how long an arm would have taken tells nobody anything.
+        # A run has a budget; how long an arm would have taken tells nobody anything.
         if "no time left" in skip["reason"] or "more than is left" in skip["reason"]:
             late.append(f"`{skip['arm']}`")
         else:
