@@ -132,6 +132,10 @@ class BlockMask:
         """The same pattern at one bit a block, for keeping."""
         return PackedMask.from_dense(self.dense(), self.block, self.seq)
 
+    def packed_bits(self) -> Tensor:
+        """:attr:`bits`, made now where they were not kept."""
+        return self.pack().bits if self.bits is None else self.bits
+
     def nbytes(self) -> int:
         """Bytes that the lists occupy."""
         return sum(t.numel() * t.element_size() for t in (self.kv_num_blocks, self.kv_indices))

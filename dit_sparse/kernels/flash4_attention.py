@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dit_sparse.kernels.flash4_lists import flash_lists
 from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
@@ -99,9 +98,12 @@ def skipped_part(call: AttentionCall) -> Attended:
 
     assert call.mask is not None
     mask = _expand(call.mask)
-    bits: Tensor = mask.pack().bits if mask.bits is None else mask.bits
     empty = BlockMask(
-        torch.zeros_like(mask.kv_num_blocks), mask.kv_indices[..., :1], mask.block, mask.seq, bits
+        torch.zeros_like(mask.kv_num_blocks),
+        mask.kv_indices[..., :1],
+        mask.block,
+        mask.seq,
+        mask.packed_bits(),
     )
     alone = replace(call, mask=empty)
     return launch(alone, choose_path(alone))

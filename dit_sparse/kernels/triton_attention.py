@@ -27,7 +27,7 @@ from dit_sparse.kernels.triton_common import (
     refusals,
     validity,
 )
-from dit_sparse.kernels.triton_mask import expand
+from dit_sparse.kernels.triton_mask import expand, list_arguments
 from dit_sparse.kernels.triton_summary import add_summaries
 
 Path = Literal["pointer", "tma", "hopper"]
@@ -360,18 +360,22 @@ def tma_reasons(call: AttentionCall) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _hopper() -> Any:
-    return importlib.import_module("dit_sparse.kernels.gluon.attention")
+    """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
+    try:
+        return importlib.import_module("dit_sparse.kernels.gluon.attention")
+    except ImportError as error:
+        # An experiment of triton's, which moves between its versions.
+        return f"this version of triton lacks it ({error})"
 
 
 def hopper_reasons(call: AttentionCall) -> list[str]:
     """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
     if INTERPRETED:
         return ["Gluon has no interpreter"]
-    try:
-        return _hopper().reasons(call)
-    except ImportError as error:
-        # An experiment of triton's, which moves between its versions.
-        return [f"this version of triton lacks it ({error})"]
+    if capability(call.q) != (9, 0):
+        return ["needs compute capability 9.0"]
+    module = _hopper()
+    return [module] if isinstance(module, str) else module.reasons(call)
 
 
 def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = None) -> Attended:
@@ -406,11 +410,7 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
     counts = indices = None
     mask_batch = mask_head = list_len = 0
     if mask is not None:
-        counts, indices = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
-        mask_heads, mask_rows, list_len = indices.shape[1:]
-        # A dimension of 1 is shared by all: stride 0.
-        mask_batch = mask_heads * mask_rows if mask.shape[0] > 1 else 0
-        mask_head = mask_rows if mask_heads > 1 else 0
+        counts, indices, mask_batch, mask_head, list_len = list_arguments(mask)
     flags, prefix = validity(call.key_valid)
     summary = call.summary if mask is not None else None
     key_mean = value_mean = key_count = slope = bits = kept_lse = None
@@ -420,8 +420,7 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         )
         key_count = summary.count.float().contiguous()
         slope = summary.slope_as(q.dtype)
-        bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
-        bits = bits.view(torch.int32)
+        bits = mask.packed_bits().contiguous().view(torch.int32)
         kept_lse = torch.empty_like(lse)
 
     k_arg, v_arg = k, v

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, TopBlocks, TopBlocksCall
 from dit_sparse.kernels.triton_common import INTERPRETED, RANK
@@ -51,6 +54,33 @@ def expand(mask: BlockMask | PackedMask) -> BlockMask:
                 bits, counts, indices, mask.shape[3], mask.longest, CHUNK=1024, num_warps=4
             )
     return BlockMask(counts, indices, mask.block, mask.seq, bits)
+
+
+class ListArguments(NamedTuple):
+    """Block lists as kernels are given them.
+
+    Attributes:
+        counts: ``[batch | 1, heads | 1, mask rows]`` int32, contiguous.
+        indices: ``[batch | 1, heads | 1, mask rows, width]`` int32, contiguous.
+        batch_step: Mask rows from one batch element to the next; 0 where all share them.
+        head_step: Mask rows from one head to the next; 0 where all share them.
+        width: Entries of a list.
+    """
+
+    counts: Tensor
+    indices: Tensor
+    batch_step: int
+    head_step: int
+    width: int
+
+
+def list_arguments(mask: BlockMask) -> ListArguments:
+    """The lists of ``mask`` and the steps between them."""
+    counts, indices = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
+    batch, heads, rows, width = indices.shape
+    return ListArguments(
+        counts, indices, heads * rows if batch > 1 else 0, rows if heads > 1 else 0, width
+    )
 
 
 @triton.jit

@@ -31,10 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, compute_capability
+from dit_sparse.kernels.ops import Attended, AttentionCall
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.kernels.triton_common import LOG2_E, last_contiguous, validity
-from dit_sparse.kernels.triton_mask import expand
+from dit_sparse.kernels.triton_mask import expand, list_arguments
 
 TILE_Q = 128
 TILE_K = 128
@@ -511,10 +511,8 @@ def _attention_kernel(
 
 
 def reasons(call: AttentionCall) -> list[str]:
-    """Why this kernel cannot compute ``call``; empty if it can."""
+    """Why this kernel cannot compute ``call`` on Hopper; empty if it can."""
     found = []
-    if compute_capability(call.q.device) != (9, 0):
-        found.append("needs compute capability 9.0")
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"takes bfloat16 and float16, got {call.q.dtype}")
     if call.q.shape[-1] not in (64, 128):
@@ -572,16 +570,15 @@ def launch(call: AttentionCall) -> Attended:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     mask = expand(call.mask)
-    counts, indices = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
-    mask_heads, mask_rows, list_len = indices.shape[1:]
+    counts, indices, mask_batch, mask_head, list_len = list_arguments(mask)
+    mask_rows = mask.shape[2]
     flags, prefix = validity(call.key_valid)
     summary = call.summary
     kept_lse = key_count = bits = mean_k = mean_v = slope = None
     if summary is not None:
         kept_lse = torch.empty_like(lse)
         key_count = summary.count.float().contiguous()
-        bits = (mask.pack().bits if mask.bits is None else mask.bits).contiguous()
-        bits = bits.view(torch.int32)
+        bits = mask.packed_bits().contiguous().view(torch.int32)
         mean_k, mean_v = (_descriptor(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
         matrix = summary.slope_as(q.dtype)
         if matrix is not None:
@@ -594,11 +591,8 @@ def launch(call: AttentionCall) -> Attended:
             _descriptor(q, TILE_Q // 2), _descriptor(k, mask.block[1]),
             _descriptor(v, mask.block[1]), mean_k, mean_v, slope, out, lse, kept_lse,
             counter, counts, indices, flags, prefix, key_count, bits,
-            # A dimension of 1 is shared by all: stride 0.
-            mask_heads * mask_rows if mask.shape[0] > 1 else 0,
-            mask_rows if mask_heads > 1 else 0,
-            list_len, mask_rows, heads, total, edge, 2 * edge * batch * heads,
-            mask.shape[3], q_len, kv_len, call.scale, call.scale * LOG2_E,
+            mask_batch, mask_head, list_len, mask_rows, heads, total, edge,
+            2 * edge * batch * heads, mask.shape[3], q_len, kv_len, call.scale, call.scale * LOG2_E,
             DIM=dim, TILE_Q=TILE_Q, TILE_K=TILE_K, BLOCK_K=mask.block[1],
             STAGES=2 if dim == 128 else 4, RAGGED=kv_len % mask.block[1] != 0,
             SUMMARY=summary is not None, SLOPE=slope is not None,
