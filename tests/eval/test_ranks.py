@@ -35,7 +35,7 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
     two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     defaults = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *two, *defaults]
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])
     return subprocess.run(
         [*launcher, str(HERE / "share_prompts.py"), *arguments(folder)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
