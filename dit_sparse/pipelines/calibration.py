@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from dit_sparse.bands import BandMask, HeadPattern, video_blocks
-from dit_sparse.methods.base import Call, Stopwatch
+from dit_sparse.methods.base import Call
 from dit_sparse.methods.plan import Mode
 from dit_sparse.methods.sparse_vdit import is_warmup
+from dit_sparse.pipelines.latency import relative_cost
 from dit_sparse.pipelines.search_state import SearchState
 from dit_sparse.pipelines.selection import choose
 from dit_sparse.schedule import Phase
-
-REPEATS = 5
 
 
 def head_losses(out: Tensor, reference: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -48,23 +45,14 @@ def nominal_costs(call: Call, modes: tuple[Mode, ...], block: int) -> list[float
 
 def measured_costs(call: Call, modes: tuple[Mode, ...], block: int) -> list[float]:
     """Latency of ``call`` with all heads in each mode, over that of the model's own attention."""
-
-    def seconds(function: Callable[[], object]) -> float:
-        function()
-        best = float("inf")
-        for _ in range(REPEATS):
-            watch = Stopwatch()
-            stop = watch.start(call.q.device)
-            function()
-            stop()
-            best = min(best, watch.seconds())
-        return best
-
-    dense = seconds(call.dense)
     costs = [1.0]
     for pattern in _patterns(call, modes[1:], block):
         bands = BandMask((pattern,) * call.q.shape[2], block, call.layout)
-        costs.append(seconds(lambda bands=bands: call.banded_attention(bands)) / dense)  # type: ignore[misc]
+        ratio, _ = relative_cost(
+            lambda bands=bands: call.banded_attention(bands),  # type: ignore[misc]
+            call.dense, call.q.device, turns=(3, 50), seconds=0.3,
+        )  # fmt: skip
+        costs.append(ratio)
     return costs
 
 

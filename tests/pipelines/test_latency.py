@@ -66,3 +66,20 @@ def test_what_costs_more_at_any_share_is_not_matched() -> None:
 
 def test_everything_is_taken_where_it_is_cheap() -> None:
     assert match_cost(lambda share: 0.1 + 0.2 * share, 0.2) == (1.0, pytest.approx(0.3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_host_time_is_no_cost_on_cuda() -> None:
+    cuda = torch.device("cuda")
+    matrix = torch.randn(8192, 8192, device=cuda, dtype=torch.bfloat16)
+    small = torch.zeros(1, device=cuda)
+
+    def many_small_kernels() -> None:
+        for _ in range(200):
+            small.add_(1)
+
+    # Launched one by one they take the host longer than the product takes the device.
+    ratio, unit = relative_cost(many_small_kernels, lambda: matrix @ matrix, cuda, seconds=0.2)
+    assert 0.5e-3 < unit < 20e-3
+    assert ratio < 0.5
