@@ -22,6 +22,7 @@ from dit_sparse.kernels.triton_common import (
     refusals,
     validity,
 )
+from dit_sparse.kernels.triton_launch import launch_kernel
 
 
 @triton.jit
@@ -155,16 +156,15 @@ class TritonBlockMass(Impl):
         )
         if mass.numel() == 0:
             return mass.view(batch, heads, rows, parts, columns).sum(-2)
-        with torch.cuda.device_of(q):
-            _block_mass_fwd_kernel[(rows * parts, batch * heads)](
-                q, k, call.lse.float().contiguous(), mass, flags, prefix,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                heads, q_len, kv_len, call.scale * LOG2_E,
-                DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
-                BLOCK_K=call.block[1],
-                NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
-                # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
-                num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
-                num_stages=1 if single else 2,
-            )  # fmt: skip
+        launch_kernel(
+            _block_mass_fwd_kernel, (rows * parts, batch * heads),
+            (q, k, call.lse.float().contiguous(), mass, flags, prefix),
+            (*q.stride()[:3], *k.stride()[:3], heads, q_len, kv_len, call.scale * LOG2_E),
+            DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
+            BLOCK_K=call.block[1],
+            NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
+            # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
+            num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
+            num_stages=1 if single else 2,
+        )  # fmt: skip
         return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)

@@ -68,6 +68,13 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def as_float(tensor: Tensor) -> Tensor:
+    """``tensor`` itself if it is contiguous fp32, otherwise such a copy."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.float().contiguous()
+
+
 def validity(key_valid: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The padding mask as the kernels read it.
 

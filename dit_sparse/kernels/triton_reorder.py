@@ -7,13 +7,13 @@ order of heads and tokens in memory.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, ReorderCall
 from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.kernels.triton_launch import launch_kernel
 
 _MOST = 3
 
@@ -117,9 +117,9 @@ class TritonReorder(Impl):
         columns = min(2048, triton.next_power_of_2(width))
         rows = max(1, 8192 // columns)
         grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns), batch * len(outs))
-        with torch.cuda.device_of(outs[0]):
-            _reorder_kernel[grid](
-                *inputs, *targets, call.index.contiguous(), *strides, tokens, width,
-                COUNT=len(outs), DIM=dim, TOKENS=rows, COLUMNS=columns, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _reorder_kernel, grid, (*inputs, *targets, call.index.contiguous()),
+            (*strides, tokens, width),
+            COUNT=len(outs), DIM=dim, TOKENS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
         return outs

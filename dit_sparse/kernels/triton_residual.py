@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.triton_common import last_contiguous, padded_dim, refusals
+from dit_sparse.kernels.triton_launch import launch_kernel
 
 __all__ = ["add", "refusals", "replace"]
 
@@ -177,13 +178,13 @@ def add(
     if sparse.numel():
         pad = padded_dim(dim)
         size = max(1, _TILE // pad)
-        with torch.cuda.device_of(sparse):
-            _add_kernel[(triton.cdiv(tokens * heads, size), batch)](
-                out, sparse, _bits(values), scale, factor, weight, place, tokens, heads,
-                *out.stride()[:3], *sparse.stride()[:3],
-                *_strides(factor, sparse), *_strides(weight, sparse),
-                DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _add_kernel, (triton.cdiv(tokens * heads, size), batch),
+            (out, sparse, _bits(values), scale, factor, weight, place),
+            (tokens, heads, *out.stride()[:3], *sparse.stride()[:3],
+             *_strides(factor, sparse), *_strides(weight, sparse)),
+            DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
+        )  # fmt: skip
     if place is None and out is not given:
         given.copy_(out)
         return given
@@ -211,13 +212,13 @@ def replace(
     if dense.numel():
         pad = padded_dim(dim)
         size = max(1, _TILE // pad)
-        with torch.cuda.device_of(dense):
-            _replace_kernel[(triton.cdiv(part_tokens * part_heads, size), batch)](
-                _bits(values), scale, dense, sparse, factor, rows,
-                tokens, heads, part_tokens, part_heads, first_head, head_step,
-                *dense.stride()[:3], *sparse.stride()[:3], *_strides(factor, dense),
-                DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _replace_kernel, (triton.cdiv(part_tokens * part_heads, size), batch),
+            (_bits(values), scale, dense, sparse, factor, rows),
+            (tokens, heads, part_tokens, part_heads, first_head, head_step,
+             *dense.stride()[:3], *sparse.stride()[:3], *_strides(factor, dense)),
+            DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
+        )  # fmt: skip
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dit_sparse.kernels.triton_common import (
     padded_dim,
     refusals,
 )
+from dit_sparse.kernels.triton_launch import launch_kernel
 from dit_sparse.mask import block_count
 
 # Partial sums of the slope: enough programs to fill a card, few enough to add up cheaply.
@@ -232,22 +233,22 @@ class TritonSummarize(Impl):
         flags = None
         if call.key_valid is not None:
             flags = call.key_valid.contiguous().view(torch.uint8)
-        with torch.cuda.device_of(k):
-            _summarize_kernel[(programs, batch * heads)](
-                k, v, key_mean, value_mean, count, partial, flags,
-                k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-                heads, kv_len, min(kv_len, call.blocks * call.block), columns, per_program,
-                DIM=dim, DIM_PAD=padded_dim(dim), BLOCK=call.block,
-                num_warps=8 if padded_dim(dim) > 64 else 4,
-                num_stages=_stages(call),
-            )  # fmt: skip
+        launch_kernel(
+            _summarize_kernel, (programs, batch * heads),
+            (k, v, key_mean, value_mean, count, partial, flags),
+            (*k.stride()[:3], *v.stride()[:3], heads, kv_len,
+             min(kv_len, call.blocks * call.block), columns, per_program),
+            DIM=dim, DIM_PAD=padded_dim(dim), BLOCK=call.block,
+            num_warps=8 if padded_dim(dim) > 64 else 4,
+            num_stages=_stages(call),
+        )  # fmt: skip
         if partial is None:
             return BlockSummary(*means, count)
         slope = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=device)
         rounded = None if k.dtype == torch.float32 else torch.empty_like(slope, dtype=k.dtype)
-        with torch.cuda.device_of(k):
-            _slope_kernel[(triton.cdiv(dim * dim, _PLACES), batch * heads)](
-                partial, count, slope, rounded, heads, programs, columns,
-                SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _slope_kernel, (triton.cdiv(dim * dim, _PLACES), batch * heads),
+            (partial, count, slope, rounded), (heads, programs, columns),
+            SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
+        )  # fmt: skip
         return BlockSummary(*means, count, slope, rounded)
