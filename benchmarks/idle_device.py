@@ -18,8 +18,10 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
+from dit_sparse import layout
 from dit_sparse.kernels import (
     ops,
     residual,
@@ -99,6 +101,11 @@ class Noted:
         return ctypes.c_ulonglong.in_dll(self._library, name)
 
 
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """:func:`dit_sparse.layout._take` as on CUDA."""
+    return ops.reorder(index, x)[0] if dim == 1 else x.index_select(dim, index)
+
+
 @contextlib.contextmanager
 def idle_device() -> Iterator[Noted]:
     """Makes the launchers, and triton, see an H100 in tensors on the CPU."""
@@ -125,6 +132,7 @@ def idle_device() -> Iterator[Noted]:
         stack.enter_context(patch(triton_common, "capability", lambda tensor: (9, 0)))
         stack.enter_context(patch(ops, "has_signature", lambda x: True))
         stack.enter_context(patch(residual, "_fused", lambda *x: residual._load()))
+        stack.enter_context(patch(layout, "_take", _take))
         with contextlib.suppress(ImportError):  # a triton without Gluon
             from dit_sparse.kernels.gluon import attention as hopper
 

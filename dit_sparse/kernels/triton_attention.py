@@ -23,13 +23,14 @@ from dit_sparse.kernels.triton_common import (
     RANK,
     as_float,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
-    validity,
 )
 from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
 from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
+from dit_sparse.kernels.triton_padding import validity
 from dit_sparse.kernels.triton_summary import add_summaries
 
 Path = Literal["pointer", "tma", "hopper"]
@@ -472,7 +473,7 @@ def _plan(
         WITH_VALUES=v is not None, TMA=path == "tma",
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return _Plan(launch, (triton.cdiv(q_len, tile_q), batch * heads), k_shape, v_shape)
+    return _Plan(launch, (ceil_div(q_len, tile_q), batch * heads), k_shape, v_shape)
 
 
 Steps = tuple[int, int, int, int]

@@ -34,6 +34,7 @@ from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
@@ -408,7 +409,7 @@ def launch(call: BandedCall, path: Path = "pointer", config: Config | None = Non
             first = 0 if copied else layout.video_start
             k_boxes, v_boxes = (_Boxes.over(x, tile_k, first) for x in sources)
         launch_kernel(
-            _banded_fwd_kernel, (triton.cdiv(tokens, tile_q), batch * len(members)),
+            _banded_fwd_kernel, (ceil_div(tokens, tile_q), batch * len(members)),
             (q, k, v, k_boxes.boxes, v_boxes.boxes, out, lse, table, flags, prefix),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_boxes[1:], *v_boxes[1:],
              len(members), heads, tokens, layout.video, layout.video_start,

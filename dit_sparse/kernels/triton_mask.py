@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, TopBlocks, TopBlocksCall
-from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.kernels.triton_common import INTERPRETED, RANK, power_of_two
 from dit_sparse.kernels.triton_launch import Launch, launch_kernel
 from dit_sparse.mask import BlockMask, PackedMask, packed_width
 
@@ -176,14 +176,11 @@ class TritonTopBlocks(Impl):
     def __call__(self, call: TopBlocksCall) -> TopBlocks:
         mass = call.mass.contiguous()
         batch, heads, rows, columns = mass.shape
-        device = mass.device
-        bits = torch.empty(
-            batch, heads, rows, packed_width(columns), dtype=torch.uint8, device=device
-        )
-        kept_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
+        bits = mass.new_empty((batch, heads, rows, packed_width(columns)), dtype=torch.uint8)
+        kept_mass = mass.new_empty((batch, heads, rows))
         kept_keys = torch.empty_like(kept_mass)
         budget = call.count.to(torch.int32).expand(batch, heads).contiguous()
-        size = max(32, triton.next_power_of_2(columns))
+        size = max(32, power_of_two(columns))
         if kept_mass.numel():
             launch_kernel(
                 _top_blocks_kernel, (batch * heads * rows,),

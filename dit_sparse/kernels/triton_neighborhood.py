@@ -20,12 +20,13 @@ from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
-    validity,
 )
 from dit_sparse.kernels.triton_launch import launch_kernel
+from dit_sparse.kernels.triton_padding import validity
 
 
 class Config(NamedTuple):
@@ -210,7 +211,7 @@ def launch(call: NeighborhoodCall, config: Config | None = None) -> Attended:
     flags, _ = validity(call.key_valid)
     indices = call.partial.kv_indices.contiguous()
     launch_kernel(
-        _neighborhood_fwd_kernel, (triton.cdiv(tokens, tile_q), batch * heads),
+        _neighborhood_fwd_kernel, (ceil_div(tokens, tile_q), batch * heads),
         (q, k, v, out, lse, call.partial.kv_num_blocks.contiguous(), indices,
          call.mask.place, call.mask.low, call.mask.high, flags),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

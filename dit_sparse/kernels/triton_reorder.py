@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, ReorderCall
-from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.kernels.triton_common import INTERPRETED, RANK, ceil_div, power_of_two
 from dit_sparse.kernels.triton_launch import launch_kernel
 
 _MOST = 3
@@ -114,9 +114,9 @@ class TritonReorder(Impl):
         inputs = [*call.tensors, *[call.tensors[0]] * missing]
         targets = [*outs, *[outs[0]] * missing]
         strides = [step for x in inputs for step in x.stride()[:3]]
-        columns = min(2048, triton.next_power_of_2(width))
+        columns = min(2048, power_of_two(width))
         rows = max(1, 8192 // columns)
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns), batch * len(outs))
+        grid = (ceil_div(tokens, rows), ceil_div(width, columns), batch * len(outs))
         launch_kernel(
             _reorder_kernel, grid, (*inputs, *targets, call.index.contiguous()),
             (*strides, tokens, width),

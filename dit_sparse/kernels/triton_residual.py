@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.triton_common import last_contiguous, padded_dim, refusals
+from dit_sparse.kernels.triton_common import ceil_div, last_contiguous, padded_dim, refusals
 from dit_sparse.kernels.triton_launch import launch_kernel
 
 __all__ = ["add", "refusals", "replace"]
@@ -170,16 +170,12 @@ def add(
     """See :func:`dit_sparse.kernels.residual.add_residual`; ``place`` is the order's ``perm``."""
     given, sparse = sparse, last_contiguous(sparse)
     batch, tokens, heads, dim = sparse.shape
-    out = (
-        sparse
-        if place is None
-        else torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
-    )
+    out = sparse if place is None else sparse.new_empty(sparse.shape)
     if sparse.numel():
         pad = padded_dim(dim)
         size = max(1, _TILE // pad)
         launch_kernel(
-            _add_kernel, (triton.cdiv(tokens * heads, size), batch),
+            _add_kernel, (ceil_div(tokens * heads, size), batch),
             (out, sparse, _bits(values), scale, factor, weight, place),
             (tokens, heads, *out.stride()[:3], *sparse.stride()[:3],
              *_strides(factor, sparse), *_strides(weight, sparse)),
@@ -213,7 +209,7 @@ def replace(
         pad = padded_dim(dim)
         size = max(1, _TILE // pad)
         launch_kernel(
-            _replace_kernel, (triton.cdiv(part_tokens * part_heads, size), batch),
+            _replace_kernel, (ceil_div(part_tokens * part_heads, size), batch),
             (_bits(values), scale, dense, sparse, factor, rows),
             (tokens, heads, part_tokens, part_heads, first_head, head_step,
              *dense.stride()[:3], *sparse.stride()[:3], *_strides(factor, dense)),

@@ -11,12 +11,7 @@ import triton.language as tl
 
 from dit_sparse.kernels.ops import Impl, SummarizeCall
 from dit_sparse.kernels.summary import BlockSummary
-from dit_sparse.kernels.triton_common import (
-    RANK,
-    last_contiguous,
-    padded_dim,
-    refusals,
-)
+from dit_sparse.kernels.triton_common import RANK, ceil_div, last_contiguous, padded_dim, refusals
 from dit_sparse.kernels.triton_launch import launch_kernel
 from dit_sparse.mask import block_count
 
@@ -212,24 +207,21 @@ class TritonSummarize(Impl):
         k, v = last_contiguous(call.k), last_contiguous(call.v)
         batch, kv_len, heads, dim = k.shape
         columns = block_count(kv_len, call.block)
-        device = k.device
         # Blocks of one head lie side by side, as attention reads them.
-        key_mean = torch.empty(batch, heads, columns, dim, dtype=k.dtype, device=device)
+        key_mean = k.new_empty((batch, heads, columns, dim))
         value_mean = torch.empty_like(key_mean)
         means = key_mean.transpose(1, 2), value_mean.transpose(1, 2)
-        count = torch.empty(batch, columns, dtype=torch.float32, device=device)
+        count = k.new_empty((batch, columns), dtype=torch.float32)
         if key_mean.numel() == 0:
             slope = key_mean.new_zeros(batch, heads, dim, dim, dtype=torch.float32)
             return BlockSummary(*means, count.zero_(), slope if call.first_order else None)
         # Without the slope every block is a program of its own.
         wanted = max(1, _SLOPE_PROGRAMS // (batch * heads)) if call.first_order else columns
-        per_program = triton.cdiv(columns, wanted)
-        programs = triton.cdiv(columns, per_program)
+        per_program = ceil_div(columns, wanted)
+        programs = ceil_div(columns, per_program)
         partial = None
         if call.first_order:
-            partial = torch.empty(
-                batch, heads, programs, dim, dim, dtype=torch.float32, device=device
-            )
+            partial = k.new_empty((batch, heads, programs, dim, dim), dtype=torch.float32)
         flags = None
         if call.key_valid is not None:
             flags = call.key_valid.contiguous().view(torch.uint8)
@@ -244,10 +236,10 @@ class TritonSummarize(Impl):
         )  # fmt: skip
         if partial is None:
             return BlockSummary(*means, count)
-        slope = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=device)
+        slope = k.new_empty((batch, heads, dim, dim), dtype=torch.float32)
         rounded = None if k.dtype == torch.float32 else torch.empty_like(slope, dtype=k.dtype)
         launch_kernel(
-            _slope_kernel, (triton.cdiv(dim * dim, _PLACES), batch * heads),
+            _slope_kernel, (ceil_div(dim * dim, _PLACES), batch * heads),
             (partial, count, slope, rounded), (heads, programs, columns),
             SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
         )  # fmt: skip

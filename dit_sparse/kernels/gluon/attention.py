@@ -34,9 +34,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_sparse.kernels.ops import Attended, AttentionCall
 from dit_sparse.kernels.probe import probe_reasons
-from dit_sparse.kernels.triton_common import LOG2_E, as_float, last_contiguous, validity
+from dit_sparse.kernels.triton_common import LOG2_E, as_float, last_contiguous
 from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
 from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
+from dit_sparse.kernels.triton_padding import validity
 
 TILE_Q = 128
 TILE_K = 128
