@@ -6,13 +6,15 @@ compute capability 8.9; the bits are those of PyTorch's conversion.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.triton_common import ceil_div, last_contiguous, padded_dim, refusals
-from dit_sparse.kernels.triton_launch import launch_kernel
+from dit_sparse.kernels.triton_launch import Launch, launch_kernel
 
 __all__ = ["add", "refusals", "replace"]
 
@@ -172,19 +174,29 @@ def add(
     batch, tokens, heads, dim = sparse.shape
     out = sparse if place is None else sparse.new_empty(sparse.shape)
     if sparse.numel():
-        pad = padded_dim(dim)
-        size = max(1, _TILE // pad)
-        launch_kernel(
-            _add_kernel, (ceil_div(tokens * heads, size), batch),
-            (out, sparse, _bits(values), scale, factor, weight, place),
-            (tokens, heads, *out.stride()[:3], *sparse.stride()[:3],
-             *_strides(factor, sparse), *_strides(weight, sparse)),
-            DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
-        )  # fmt: skip
+        steps = (*out.stride()[:3], *sparse.stride()[:3],
+                 *_strides(factor, sparse), *_strides(weight, sparse))  # fmt: skip
+        launch, rows = _add_plan(tokens, heads, dim, steps, scale is not None)
+        tensors = (out, sparse, _bits(values), scale, factor, weight, place)
+        launch((ceil_div(tokens * heads, rows), batch), tensors)
     if place is None and out is not given:
         given.copy_(out)
         return given
     return out
+
+
+@lru_cache(maxsize=1024)
+def _add_plan(
+    tokens: int, heads: int, dim: int, steps: tuple[int, ...], eight: bool
+) -> tuple[Launch, int]:
+    """The launch, and the pairs of token and head of a program."""
+    pad = padded_dim(dim)
+    rows = max(1, _TILE // pad)
+    launch = Launch(
+        _add_kernel, (tokens, heads, *steps),
+        DIM=dim, DIM_PAD=pad, ROWS=rows, EIGHT=eight, num_warps=4,
+    )  # fmt: skip
+    return launch, rows
 
 
 def replace(
