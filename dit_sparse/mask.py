@@ -133,8 +133,14 @@ class BlockMask:
         return PackedMask.from_dense(self.dense(), self.block, self.seq)
 
     def packed_bits(self) -> Tensor:
-        """:attr:`bits`, made now where they were not kept."""
-        return self.pack().bits if self.bits is None else self.bits
+        """:attr:`bits`; where they were not given they are made now, and kept."""
+        if self.bits is not None:
+            return self.bits
+        bits = self.pack().bits
+        # What is made while a CUDA graph is recorded is there only when the graph has run.
+        if not (bits.is_cuda and torch.cuda.is_current_stream_capturing()):
+            object.__setattr__(self, "bits", bits)
+        return bits
 
     def nbytes(self) -> int:
         """Bytes that the lists occupy."""

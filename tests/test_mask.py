@@ -54,6 +54,13 @@ def test_packed_round_trip(made: tuple[torch.Tensor, BlockMask]) -> None:
     assert torch.equal(lists.dense(), keep)
 
 
+def test_bits_of_lists_are_packed_once() -> None:
+    mask = BlockMask.from_dense(torch.rand(1, 2, 3, 40) < 0.5, 64, (192, 2560))
+    assert mask.bits is None
+    assert torch.equal(mask.packed_bits(), mask.pack().bits)
+    assert mask.packed_bits() is mask.packed_bits() is mask.bits
+
+
 def test_packed_bits_are_little_endian() -> None:
     keep = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
     keep[..., [0, 3, 9]] = True

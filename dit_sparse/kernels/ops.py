@@ -14,15 +14,24 @@ import importlib.metadata
 import logging
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dit_sparse.bands import BandMask
 from dit_sparse.kernels.measured import Query, device_class, measured_order
+from dit_sparse.kernels.signature import (
+    has_signature,
+    is_recording,
+    of_mask,
+    of_summary,
+    of_tensor,
+    settle,
+    settled,
+)
 from dit_sparse.kernels.summary import BlockSummary, add_skipped
 from dit_sparse.mask import BlockMask, PackedMask, block_count, block_sides, block_sizes
 from dit_sparse.neighborhood_mask import NeighborhoodMask
@@ -30,6 +39,7 @@ from dit_sparse.neighborhood_mask import NeighborhoodMask
 logger = logging.getLogger(__name__)
 
 OnChoice = Callable[[str], object]
+T = TypeVar("T")
 
 # A kernel file may import these at its top; where one is missing its Impl is reported as such.
 OPTIONAL_PACKAGES = frozenset({"triton"})
@@ -57,7 +67,14 @@ class Attended(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCall:
-    """A validated call of :func:`attention` or :func:`row_lse` (there ``v`` is None)."""
+    """A validated call of :func:`attention` or :func:`row_lse` (there ``v`` is None).
+
+    Attributes:
+        q: As in :func:`attention`; so are the others.
+        kept: What was worked out for calls of the same signature, see
+            :class:`~dit_sparse.kernels.signature.Settled`; None where nothing is kept. A copy by
+            ``replace`` is another call and has none.
+    """
 
     q: Tensor
     k: Tensor
@@ -66,6 +83,19 @@ class AttentionCall:
     key_valid: Tensor | None
     scale: float
     summary: BlockSummary | None = None
+    kept: dict[str, Any] | None = field(default=None, init=False)
+
+    def keep(self, name: str, find: Callable[[AttentionCall], T]) -> T:
+        """``find(self)``, called once for each signature; it looks at that alone."""
+        if self.kept is None:
+            return find(self)
+        if name in self.kept:
+            return self.kept[name]
+        found = find(self)
+        # While a CUDA graph is recorded, answers may be those of an exception.
+        if not is_recording():
+            self.kept[name] = found
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,7 +236,11 @@ class Impl(abc.ABC):
 
     @abc.abstractmethod
     def reasons(self, call: Any) -> list[str]:
-        """Why this implementation cannot compute ``call``; empty if it can."""
+        """Why this implementation cannot compute ``call``; empty if it can.
+
+        On CUDA it is asked once for calls of the same operands but for their numbers, see
+        :mod:`dit_sparse.kernels.signature`, so it must not look at these.
+        """
 
     @abc.abstractmethod
     def __call__(self, call: Any) -> Any:
@@ -444,12 +478,23 @@ def attention(
         ValueError: On a shape, dtype or device mismatch, or an unknown ``impl``.
         Unsupported: If nothing, or not the named implementation, can compute it.
     """
-    _check_operands(q, k, v, key_valid)
-    _check_mask(mask, q, k)
-    if summary is not None:
-        _check_summary(summary, mask, k)
+    key = None
+    if has_signature(q):
+        key = (
+            "attention", impl, scale, of_tensor(q), of_tensor(k), of_tensor(v), of_mask(mask),
+            of_summary(summary), of_tensor(key_valid),
+        )  # fmt: skip
+    known = settled(key)
+    if known is None:
+        _check_operands(q, k, v, key_valid)
+        _check_mask(mask, q, k)
+        if summary is not None:
+            _check_summary(summary, mask, k)
     call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary)
-    chosen = select("attention", call, impl)
+    if known is None:
+        known = settle(key, select("attention", call, impl))
+    object.__setattr__(call, "kept", known.kept)
+    chosen: Impl = known.impl
     if on_choice is not None:
         on_choice(chosen.name)
     if summary is None or mask is None or chosen.summaries:
@@ -591,15 +636,25 @@ def summarize(
     Raises:
         ValueError, Unsupported: As :func:`attention`.
     """
-    _check_operands(k, k, v, key_valid)
-    if block < 1:
-        raise ValueError(f"block must be at least 1 token, got {block}")
+    key = None
+    if has_signature(k):
+        key = (
+            "summarize", impl, of_tensor(k), of_tensor(v), block, blocks, first_order,
+            of_tensor(key_valid),
+        )  # fmt: skip
+    known = settled(key)
+    if known is None:
+        _check_operands(k, k, v, key_valid)
+        if block < 1:
+            raise ValueError(f"block must be at least 1 token, got {block}")
     present = block_count(k.shape[1], block)
     blocks = present if blocks is None else blocks
     if not 0 <= blocks <= present:
         raise ValueError(f"blocks must be in 0..{present} for {k.shape[1]} keys, got {blocks}")
     call = SummarizeCall(k, v, block, blocks, first_order, key_valid)
-    return select("summarize", call, impl)(call)
+    if known is None:
+        known = settle(key, select("summarize", call, impl))
+    return known.impl(call)
 
 
 def row_lse(
@@ -619,10 +674,20 @@ def row_lse(
     Raises:
         ValueError, Unsupported: As :func:`attention`.
     """
-    _check_operands(q, k, None, key_valid)
-    _check_mask(mask, q, k)
+    key = None
+    if has_signature(q):
+        key = (
+            "row_lse", impl, scale, of_tensor(q), of_tensor(k), of_mask(mask), of_tensor(key_valid)
+        )  # fmt: skip
+    known = settled(key)
+    if known is None:
+        _check_operands(q, k, None, key_valid)
+        _check_mask(mask, q, k)
     call = AttentionCall(q, k, None, mask, key_valid, _scale(q, scale))
-    return select("row_lse", call, impl)(call)
+    if known is None:
+        known = settle(key, select("row_lse", call, impl))
+    object.__setattr__(call, "kept", known.kept)
+    return known.impl(call)
 
 
 def block_mass(
@@ -659,18 +724,28 @@ def block_mass(
     Source: AdaSpa (arXiv 2502.21079), algorithms 1 and 2; the paper prints ``Log`` where its own
     safe-softmax equation requires ``exp``.
     """
-    _check_operands(q, k, None, key_valid)
     block = block_sides(block)
-    if min(block) < 1:
-        raise ValueError(f"block must be at least 1 token, got {block}")
-    expected = (q.shape[0], q.shape[2], q.shape[1])
-    if tuple(lse.shape) != expected or lse.device != q.device:
-        raise ValueError(
-            f"lse must be [batch, heads, q_len] = {expected} on {q.device}, got "
-            f"{tuple(lse.shape)} on {lse.device}"
-        )
+    key = None
+    if has_signature(q):
+        key = (
+            "block_mass", impl, scale, of_tensor(q), of_tensor(k), of_tensor(lse), block,
+            of_tensor(key_valid),
+        )  # fmt: skip
+    known = settled(key)
+    if known is None:
+        _check_operands(q, k, None, key_valid)
+        if min(block) < 1:
+            raise ValueError(f"block must be at least 1 token, got {block}")
+        expected = (q.shape[0], q.shape[2], q.shape[1])
+        if tuple(lse.shape) != expected or lse.device != q.device:
+            raise ValueError(
+                f"lse must be [batch, heads, q_len] = {expected} on {q.device}, got "
+                f"{tuple(lse.shape)} on {lse.device}"
+            )
     call = BlockMassCall(q, k, lse, block, key_valid, _scale(q, scale))
-    return select("block_mass", call, impl)(call)
+    if known is None:
+        known = settle(key, select("block_mass", call, impl))
+    return known.impl(call)
 
 
 def top_blocks(
@@ -701,23 +776,30 @@ def top_blocks(
     """
     block = block_sides(block)
     seq = block_sides(seq)
-    rows, columns = (block_count(n, size) for n, size in zip(seq, block, strict=True))
-    if mass.ndim != 4 or tuple(mass.shape[2:]) != (rows, columns):
-        raise ValueError(
-            f"mass must be [batch, heads, {rows}, {columns}] for {seq} tokens in blocks of "
-            f"{block}, got {tuple(mass.shape)}"
-        )
-    if count.ndim != 2 or any(
-        n not in (1, m) for n, m in zip(count.shape, mass.shape, strict=False)
-    ):
-        raise ValueError(
-            f"count must be [batch, heads] = {tuple(mass.shape[:2])}, got {tuple(count.shape)}"
-        )
+    key = None
+    if has_signature(mass):
+        key = ("top_blocks", impl, of_tensor(mass), of_tensor(count), block, seq)
+    known = settled(key)
+    rows, columns = block_count(seq[0], block[0]), block_count(seq[1], block[1])
+    if known is None:
+        if mass.ndim != 4 or tuple(mass.shape[2:]) != (rows, columns):
+            raise ValueError(
+                f"mass must be [batch, heads, {rows}, {columns}] for {seq} tokens in blocks of "
+                f"{block}, got {tuple(mass.shape)}"
+            )
+        if count.ndim != 2 or any(
+            n not in (1, m) for n, m in zip(count.shape, mass.shape, strict=False)
+        ):
+            raise ValueError(
+                f"count must be [batch, heads] = {tuple(mass.shape[:2])}, got {tuple(count.shape)}"
+            )
     if not isinstance(free, tuple):
         free = (rows, columns) if free is None else (free, free)
     longest = columns if longest is None else max(1, min(longest, columns))
     call = TopBlocksCall(mass, count, block, seq, free, longest)
-    return select("top_blocks", call, impl)(call)
+    if known is None:
+        known = settle(key, select("top_blocks", call, impl))
+    return known.impl(call)
 
 
 def reorder(index: Tensor, *tensors: Tensor, impl: str = "auto") -> tuple[Tensor, ...]:
@@ -733,10 +815,16 @@ def reorder(index: Tensor, *tensors: Tensor, impl: str = "auto") -> tuple[Tensor
     """
     if not tensors:
         raise ValueError("expected at least one tensor, got none")
-    if index.ndim != 1 or index.dtype != torch.int64:
+    key = None
+    if has_signature(tensors[0]):
+        key = ("reorder", impl, of_tensor(index), *map(of_tensor, tensors))
+    known = settled(key)
+    if known is None and (index.ndim != 1 or index.dtype != torch.int64):
         raise ValueError(f"index must be [tokens] int64, got {tuple(index.shape)} {index.dtype}")
     call = ReorderCall(index, tensors)
-    return select("reorder", call, impl)(call)
+    if known is None:
+        known = settle(key, select("reorder", call, impl))
+    return known.impl(call)
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,13 +21,16 @@ from dit_sparse.kernels.triton_common import (
     INTERPRETED,
     LOG2_E,
     RANK,
+    as_float,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
-    validity,
 )
-from dit_sparse.kernels.triton_mask import expand, list_arguments
+from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
+from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
+from dit_sparse.kernels.triton_padding import validity
 from dit_sparse.kernels.triton_summary import add_summaries
 
 Path = Literal["pointer", "tma", "hopper"]
@@ -396,69 +399,96 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         return _hopper().launch(call)
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     v = None if call.v is None else last_contiguous(call.v)
-    batch, q_len, heads, dim = q.shape
-    kv_len = k.shape[1]
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    out = torch.empty(q.shape if v is not None else (0,), dtype=q.dtype, device=q.device)
+    batch, q_len, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    out = q.new_empty((0,) if v is None else q.shape)
     if lse.numel() == 0:
         return Attended(out, lse)
+    if config is None:
+        plan = call.keep(path, lambda call: _plan(call, q, k, v, path, default_config(call, path)))
+    else:
+        plan = _plan(call, q, k, v, path, config)
 
-    config = config or default_config(call, path)
-    mask = None if call.mask is None else expand(call.mask)
-    block = (config.tile_q, config.tile_k) if mask is None else mask.block
-    tile_q, tile_k = min(config.tile_q, block[0]), min(config.tile_k, block[1])
-    counts = indices = None
-    mask_batch = mask_head = list_len = 0
-    if mask is not None:
-        counts, indices, mask_batch, mask_head, list_len = list_arguments(mask)
+    counts, indices = (None, None) if call.mask is None else lists_of(call.mask)
     flags, prefix = validity(call.key_valid)
-    summary = call.summary if mask is not None else None
     key_mean = value_mean = key_count = slope = bits = kept_lse = None
-    if summary is not None and mask is not None:
+    if call.summary is not None and call.mask is not None:
+        summary = call.summary
         key_mean, value_mean = (
             x.transpose(1, 2).contiguous() for x in (summary.key_mean, summary.value_mean)
         )
-        key_count = summary.count.float().contiguous()
+        key_count = as_float(summary.count)
         slope = summary.slope_as(q.dtype)
-        bits = mask.packed_bits().contiguous().view(torch.int32)
+        bits = words_of(call.mask)
         kept_lse = torch.empty_like(lse)
-
-    k_arg, v_arg = k, v
-    k_steps, v_steps = (k.stride(0), k.stride(1), k.stride(2), 0), (0, 0, 0, 0)
-    if v is not None:
-        v_steps = (v.stride(0), v.stride(1), v.stride(2), 0)
-    if path == "tma":
-        k_arg, k_steps = _descriptor(k, tile_k)
-        if v is not None:
-            v_arg, v_steps = _descriptor(v, tile_k)
-
-    with torch.cuda.device_of(q):
-        _attention_fwd_kernel[(triton.cdiv(q_len, tile_q), batch * heads)](
-            q, k_arg, v_arg, out if v is not None else None, lse,
-            counts, indices, flags, prefix,
-            key_mean, value_mean, key_count, slope, bits, kept_lse,
-            q.stride(0), q.stride(1), q.stride(2), *k_steps, *v_steps,
-            mask_batch, mask_head, list_len, heads, q_len, kv_len,
-            call.scale, call.scale * LOG2_E,
-            DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
-            BLOCK_Q=block[0], BLOCK_K=block[1],
-            NEEDS_MASK=flags is not None or kv_len % block[1] != 0,
-            WITH_VALUES=v is not None, TMA=path == "tma",
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    k_arg: Tensor | Boxes = k if plan.k_shape is None else Boxes(k, plan.k_shape)
+    v_arg = v if v is None or plan.v_shape is None else Boxes(v, plan.v_shape)
+    plan.launch(
+        plan.grid,
+        (q, k_arg, v_arg, None if v is None else out, lse, counts, indices, flags, prefix,
+         key_mean, value_mean, key_count, slope, bits, kept_lse),
+    )  # fmt: skip
     return Attended(out, lse, kept_lse)
 
 
-def _descriptor(tensor: Tensor, tile: int):
-    """A TMA descriptor over ``tensor`` as rows, and its steps in the order of the kernel."""
+class _Plan(NamedTuple):
+    """How a kernel is launched, which follows from the signature of the call.
+
+    Attributes:
+        launch: The kernel with all arguments but tensors.
+        grid: Programs.
+        k_shape: How TMA reads keys; None if it does not.
+        v_shape: How TMA reads values.
+    """
+
+    launch: Launch
+    grid: tuple[int, int]
+    k_shape: BoxShape | None
+    v_shape: BoxShape | None
+
+
+def _plan(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor | None, path: Path, config: Config
+) -> _Plan:
+    """How ``call`` is launched, given its operands with contiguous last dimensions."""
+    batch, q_len, heads, dim = q.shape
+    kv_len = k.shape[1]
+    block = (config.tile_q, config.tile_k) if call.mask is None else call.mask.block
+    tile_q, tile_k = min(config.tile_q, block[0]), min(config.tile_k, block[1])
+    k_shape = v_shape = None
+    k_steps: tuple[int, ...] = (*k.stride()[:3], 0)
+    v_steps: tuple[int, ...] = (0, 0, 0, 0) if v is None else (*v.stride()[:3], 0)
+    if path == "tma":
+        k_shape, k_steps = box_shape(k, tile_k)
+        if v is not None:
+            v_shape, v_steps = box_shape(v, tile_k)
+    launch = Launch(
+        _attention_fwd_kernel,
+        (*q.stride()[:3], *k_steps, *v_steps,
+         *((0, 0, 0) if call.mask is None else list_steps(call.mask)),
+         heads, q_len, kv_len, call.scale, call.scale * LOG2_E),
+        DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
+        BLOCK_Q=block[0], BLOCK_K=block[1],
+        NEEDS_MASK=call.key_valid is not None or kv_len % block[1] != 0,
+        WITH_VALUES=v is not None, TMA=path == "tma",
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return _Plan(launch, (ceil_div(q_len, tile_q), batch * heads), k_shape, v_shape)
+
+
+Steps = tuple[int, int, int, int]
+
+
+def box_shape(tensor: Tensor, tile: int) -> tuple[BoxShape, Steps]:
+    """How TMA reads ``tile`` rows of ``tensor`` at a time, and its steps in the kernel's order."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     view = _rows_view(tensor)
     if view is None:
         raise ValueError(f"strides {tensor.stride()} of {tuple(tensor.shape)} allow no TMA view")
     shape, strides, (batch_rows, head_rows, head_columns) = view
-    descriptor = TensorDescriptor(tensor, shape, strides, [tile, tensor.shape[-1]])
-    return descriptor, (batch_rows, 0, head_rows, head_columns)
+    boxes = BoxShape(TensorDescriptor, tensor.dtype, shape, strides, [tile, tensor.shape[-1]])
+    return boxes, (batch_rows, 0, head_rows, head_columns)
 
 
 def slope_reasons(call: AttentionCall) -> list[str]:
@@ -504,7 +534,7 @@ class TritonAttention(Impl):
         return _reasons(call)
 
     def __call__(self, call: AttentionCall) -> Attended:
-        return launch(call, choose_path(call))
+        return launch(call, call.keep("path", choose_path))
 
 
 class TritonRowLse(Impl):
@@ -514,4 +544,4 @@ class TritonRowLse(Impl):
         return _reasons(call)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        return launch(call, choose_path(call)).lse
+        return launch(call, call.keep("path", choose_path)).lse

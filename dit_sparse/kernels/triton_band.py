@@ -26,7 +26,7 @@ from dit_sparse.kernels.ops import Attended, AttentionCall, BandedCall, Impl
 from dit_sparse.kernels.triton_attention import (
     Config,
     Path,
-    _descriptor,
+    box_shape,
     choose_path,
     default_config,
 )
@@ -34,10 +34,12 @@ from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
 )
+from dit_sparse.kernels.triton_launch import Boxes, launch_kernel
 
 
 @triton.jit
@@ -308,9 +310,9 @@ def _banded_fwd_kernel(
 
 
 class _Boxes(NamedTuple):
-    """A TMA descriptor and where a head's video begins in it."""
+    """What TMA reads of a tensor, and where a head's video begins in it."""
 
-    descriptor: object
+    boxes: Boxes | None
     first_row: int
     batch_rows: int
     head_rows: int
@@ -318,8 +320,8 @@ class _Boxes(NamedTuple):
 
     @classmethod
     def over(cls, tensor: Tensor, tile: int, first_row: int) -> _Boxes:
-        descriptor, (batch_rows, _, head_rows, head_columns) = _descriptor(tensor, tile)
-        return cls(descriptor, first_row, batch_rows, head_rows, head_columns)
+        shape, (batch_rows, _, head_rows, head_columns) = box_shape(tensor, tile)
+        return cls(Boxes(tensor, shape), first_row, batch_rows, head_rows, head_columns)
 
 
 def _position_major(x: Tensor, bands: BandMask, heads: Tensor) -> Tensor:
@@ -406,20 +408,20 @@ def launch(call: BandedCall, path: Path = "pointer", config: Config | None = Non
             sources = [_position_major(x, bands, members) if copied else x for x in (k, v)]
             first = 0 if copied else layout.video_start
             k_boxes, v_boxes = (_Boxes.over(x, tile_k, first) for x in sources)
-        with torch.cuda.device_of(q):
-            _banded_fwd_kernel[(triton.cdiv(tokens, tile_q), batch * len(members))](
-                q, k, v, k_boxes.descriptor, v_boxes.descriptor, out, lse, table, flags, prefix,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_boxes[1:], *v_boxes[1:],
-                len(members), heads, tokens, layout.video, layout.video_start,
-                layout.grid[0], layout.grid[1] * layout.grid[2], bands.video_blocks,
-                call.scale * LOG2_E,
-                DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k, BLOCK=bands.block,
-                POSITION_MAJOR=order == "position_major",
-                NEEDS_MASK=flags is not None or tokens > bands.video_blocks * bands.block
-                or tokens % bands.block != 0,
-                TMA=path == "tma",
-                num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
+        launch_kernel(
+            _banded_fwd_kernel, (ceil_div(tokens, tile_q), batch * len(members)),
+            (q, k, v, k_boxes.boxes, v_boxes.boxes, out, lse, table, flags, prefix),
+            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_boxes[1:], *v_boxes[1:],
+             len(members), heads, tokens, layout.video, layout.video_start,
+             layout.grid[0], layout.grid[1] * layout.grid[2], bands.video_blocks,
+             call.scale * LOG2_E),
+            DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k, BLOCK=bands.block,
+            POSITION_MAJOR=order == "position_major",
+            NEEDS_MASK=flags is not None or tokens > bands.video_blocks * bands.block
+            or tokens % bands.block != 0,
+            TMA=path == "tma",
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return Attended(out, lse)
 
 

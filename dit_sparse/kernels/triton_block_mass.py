@@ -16,12 +16,15 @@ from dit_sparse.kernels.ops import BlockMassCall, Impl
 from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
+    as_float,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
-    validity,
 )
+from dit_sparse.kernels.triton_launch import launch_kernel
+from dit_sparse.kernels.triton_padding import validity
 
 
 @triton.jit
@@ -145,26 +148,23 @@ class TritonBlockMass(Impl):
         single, wide = q.dtype == torch.float32, padded_dim(dim) == 256
         limit = (16 if wide else 32) if single else (64 if wide else 128)
         tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
-        rows, columns = triton.cdiv(q_len, call.block[0]), triton.cdiv(kv_len, call.block[1])
+        rows, columns = ceil_div(q_len, call.block[0]), ceil_div(kv_len, call.block[1])
         parts = call.block[0] // tile_q
         # Loads of part of a tile's columns take registers for their masks; Hopper has enough.
         partial = capability(q)[0] != 9 and padded_dim(dim) != dim
         flags, prefix = validity(call.key_valid)
-        mass = torch.empty(
-            batch, heads, rows * parts, columns, dtype=torch.float32, device=q.device
-        )
+        mass = q.new_empty((batch, heads, rows * parts, columns), dtype=torch.float32)
         if mass.numel() == 0:
             return mass.view(batch, heads, rows, parts, columns).sum(-2)
-        with torch.cuda.device_of(q):
-            _block_mass_fwd_kernel[(rows * parts, batch * heads)](
-                q, k, call.lse.float().contiguous(), mass, flags, prefix,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                heads, q_len, kv_len, call.scale * LOG2_E,
-                DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
-                BLOCK_K=call.block[1],
-                NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
-                # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
-                num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
-                num_stages=1 if single else 2,
-            )  # fmt: skip
+        launch_kernel(
+            _block_mass_fwd_kernel, (rows * parts, batch * heads),
+            (q, k, as_float(call.lse), mass, flags, prefix),
+            (*q.stride()[:3], *k.stride()[:3], heads, q_len, kv_len, call.scale * LOG2_E),
+            DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
+            BLOCK_K=call.block[1],
+            NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
+            # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
+            num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
+            num_stages=1 if single else 2,
+        )  # fmt: skip
         return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)

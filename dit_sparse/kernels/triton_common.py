@@ -60,7 +60,18 @@ def capability(tensor: Tensor) -> tuple[int, int]:
 
 def padded_dim(dim: int) -> int:
     """Width of the register tile that holds ``dim`` columns: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, power_of_two(dim))
+
+
+# Triton's own of these two take a microsecond, of the few that a launch should take.
+def power_of_two(n: int) -> int:
+    """The least power of two that is ``n`` or more."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
@@ -68,17 +79,8 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def validity(key_valid: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The padding mask as the kernels read it.
-
-    Args:
-        key_valid: ``[batch, kv_len]`` bool or None.
-
-    Returns:
-        The mask as uint8 ``[batch, kv_len]``, and the number of keys before the first invalid one,
-        ``[batch]`` int32: blocks inside this prefix take the path without masking.
-    """
-    if key_valid is None:
-        return None, None
-    flags = key_valid.contiguous().view(torch.uint8)
-    return flags, flags.int().cumprod(-1).sum(-1, dtype=torch.int32)
+def as_float(tensor: Tensor) -> Tensor:
+    """``tensor`` itself if it is contiguous fp32, otherwise such a copy."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.float().contiguous()

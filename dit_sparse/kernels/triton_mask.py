@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, TopBlocks, TopBlocksCall
-from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.kernels.triton_common import INTERPRETED, RANK, power_of_two
+from dit_sparse.kernels.triton_launch import Launch, launch_kernel
 from dit_sparse.mask import BlockMask, PackedMask, packed_width
 
 # A program holds one row of block mass in registers.
@@ -22,11 +24,15 @@ def _lists_kernel(
     bits,  # [rows, packed_width(columns)] uint8
     counts,  # [rows] int32
     indices,  # [rows, width] int32
+    counter,  # [1] int32 that is set to 0, or None
     columns,
     width,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if counter is not None:
+        # For the kernel that walks the lists; by itself it would be a launch more.
+        tl.store(counter, 0, mask=row == 0)
     bits += row * 4 * tl.cdiv(columns, 32)
     indices += row * width
     found = 0
@@ -42,45 +48,69 @@ def _lists_kernel(
 
 def expand(mask: BlockMask | PackedMask) -> BlockMask:
     """The lists of ``mask``, made on its device without waiting for it."""
-    if isinstance(mask, BlockMask) or not (mask.bits.is_cuda or INTERPRETED):
+    if isinstance(mask, BlockMask) or not _is_here(mask):
         return mask.lists()
-    shape = mask.bits.shape[:3]
-    counts = torch.empty(shape, dtype=torch.int32, device=mask.device)
-    indices = torch.empty(*shape, mask.longest, dtype=torch.int32, device=mask.device)
+    return BlockMask(*lists_of(mask), mask.block, mask.seq, mask.bits.contiguous())
+
+
+def lists_of(mask: BlockMask | PackedMask, counter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Counts and indices of the kept blocks, as in :class:`BlockMask` and contiguous.
+
+    Args:
+        mask: Of which device does not matter where it has lists.
+        counter: ``[1]`` int32, set to 0.
+    """
+    if isinstance(mask, BlockMask) or not _is_here(mask):
+        if counter is not None:
+            counter.zero_()
+        lists = mask.lists()
+        return lists.kv_num_blocks.contiguous(), lists.kv_indices.contiguous()
     bits = mask.bits.contiguous()
-    if counts.numel():
-        with torch.cuda.device_of(bits):
-            _lists_kernel[(counts.numel(),)](
-                bits, counts, indices, mask.shape[3], mask.longest, CHUNK=1024, num_warps=4
-            )
-    return BlockMask(counts, indices, mask.block, mask.seq, bits)
+    shape = bits.shape[:3]
+    counts = bits.new_empty(shape, dtype=torch.int32)
+    indices = bits.new_empty((*shape, mask.longest), dtype=torch.int32)
+    rows = counts.numel()
+    if rows:
+        launch = _lists_launch(mask.shape[3], mask.longest)
+        launch((rows,), (bits, counts, indices, counter))
+    return counts, indices
 
 
-class ListArguments(NamedTuple):
-    """Block lists as kernels are given them.
+def _is_here(mask: PackedMask) -> bool:
+    """Whether the kernel can make the lists of ``mask``."""
+    return mask.bits.is_cuda or INTERPRETED
+
+
+@lru_cache(maxsize=256)
+def _lists_launch(columns: int, width: int) -> Launch:
+    return Launch(_lists_kernel, (columns, width), CHUNK=1024, num_warps=4)
+
+
+def words_of(mask: BlockMask | PackedMask) -> Tensor:
+    """The packed pattern in words of 32 bits, ``[batch | 1, heads | 1, q_blocks, words]`` int32."""
+    bits = mask.bits if isinstance(mask, PackedMask) else mask.packed_bits()
+    return bits.contiguous().view(torch.int32)
+
+
+class ListSteps(NamedTuple):
+    """How kernels find a list.
 
     Attributes:
-        counts: ``[batch | 1, heads | 1, mask rows]`` int32, contiguous.
-        indices: ``[batch | 1, heads | 1, mask rows, width]`` int32, contiguous.
-        batch_step: Mask rows from one batch element to the next; 0 where all share them.
-        head_step: Mask rows from one head to the next; 0 where all share them.
+        batch: Mask rows from one batch element to the next; 0 where all share them.
+        head: Mask rows from one head to the next; 0 where all share them.
         width: Entries of a list.
     """
 
-    counts: Tensor
-    indices: Tensor
-    batch_step: int
-    head_step: int
+    batch: int
+    head: int
     width: int
 
 
-def list_arguments(mask: BlockMask) -> ListArguments:
-    """The lists of ``mask`` and the steps between them."""
-    counts, indices = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
-    batch, heads, rows, width = indices.shape
-    return ListArguments(
-        counts, indices, heads * rows if batch > 1 else 0, rows if heads > 1 else 0, width
-    )
+def list_steps(mask: BlockMask | PackedMask) -> ListSteps:
+    """The steps between the lists that :func:`lists_of` gives."""
+    batch, heads, rows, _ = mask.shape
+    width = mask.longest if isinstance(mask, PackedMask) else mask.kv_indices.shape[-1]
+    return ListSteps(heads * rows if batch > 1 else 0, rows if heads > 1 else 0, width)
 
 
 @triton.jit
@@ -146,19 +176,17 @@ class TritonTopBlocks(Impl):
     def __call__(self, call: TopBlocksCall) -> TopBlocks:
         mass = call.mass.contiguous()
         batch, heads, rows, columns = mass.shape
-        device = mass.device
-        bits = torch.empty(
-            batch, heads, rows, packed_width(columns), dtype=torch.uint8, device=device
-        )
-        kept_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
+        bits = mass.new_empty((batch, heads, rows, packed_width(columns)), dtype=torch.uint8)
+        kept_mass = mass.new_empty((batch, heads, rows))
         kept_keys = torch.empty_like(kept_mass)
         budget = call.count.to(torch.int32).expand(batch, heads).contiguous()
-        size = max(32, triton.next_power_of_2(columns))
+        size = max(32, power_of_two(columns))
         if kept_mass.numel():
-            with torch.cuda.device_of(mass):
-                _top_blocks_kernel[(batch * heads * rows,)](
-                    mass, budget, bits, kept_mass, kept_keys, rows, columns, *call.free,
-                    call.block[1], call.seq[1] - (columns - 1) * call.block[1],
-                    SIZE=size, num_warps=4 if size <= 4096 else 8,
-                )  # fmt: skip
+            launch_kernel(
+                _top_blocks_kernel, (batch * heads * rows,),
+                (mass, budget, bits, kept_mass, kept_keys),
+                (rows, columns, *call.free, call.block[1],
+                 call.seq[1] - (columns - 1) * call.block[1]),
+                SIZE=size, num_warps=4 if size <= 4096 else 8,
+            )  # fmt: skip
         return TopBlocks(call.packed(bits, kept_keys), kept_mass)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from dit_sparse.kernels.ops import Attended
-from dit_sparse.kernels.triton_common import padded_dim
+from dit_sparse.kernels.triton_common import ceil_div, padded_dim
+from dit_sparse.kernels.triton_launch import launch_kernel
 
 _TILE = 32
 
@@ -58,9 +59,9 @@ def merge_into(a: Attended, b: Attended) -> Attended:
     batch, q_len, heads, dim = a.out.shape
     lse = torch.empty_like(a.lse)
     if lse.numel():
-        with torch.cuda.device_of(a.out):
-            _merge_kernel[(triton.cdiv(q_len, _TILE), batch * heads)](
-                a.out, a.lse.contiguous(), b.out.contiguous(), b.lse.contiguous(), lse,
-                heads, q_len, DIM=dim, DIM_PAD=padded_dim(dim), TILE=_TILE, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _merge_kernel, (ceil_div(q_len, _TILE), batch * heads),
+            (a.out, a.lse.contiguous(), b.out.contiguous(), b.lse.contiguous(), lse),
+            (heads, q_len), DIM=dim, DIM_PAD=padded_dim(dim), TILE=_TILE, num_warps=4,
+        )  # fmt: skip
     return Attended(a.out, lse)

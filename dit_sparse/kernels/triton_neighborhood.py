@@ -20,11 +20,13 @@ from dit_sparse.kernels.triton_common import (
     LOG2_E,
     RANK,
     capability,
+    ceil_div,
     last_contiguous,
     padded_dim,
     refusals,
-    validity,
 )
+from dit_sparse.kernels.triton_launch import launch_kernel
+from dit_sparse.kernels.triton_padding import validity
 
 
 class Config(NamedTuple):
@@ -208,20 +210,19 @@ def launch(call: NeighborhoodCall, config: Config | None = None) -> Attended:
     tile_q, tile_k = min(config.tile_q, block[0]), min(config.tile_k, block[1])
     flags, _ = validity(call.key_valid)
     indices = call.partial.kv_indices.contiguous()
-    with torch.cuda.device_of(q):
-        _neighborhood_fwd_kernel[(triton.cdiv(tokens, tile_q), batch * heads)](
-            q, k, v, out, lse, call.partial.kv_num_blocks.contiguous(), indices,
-            call.mask.place, call.mask.low, call.mask.high, flags,
-            q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-            v.stride(0), v.stride(1), v.stride(2),
-            indices.shape[-1], heads, tokens, call.mask.video, call.scale * LOG2_E,
-            AXES=call.mask.place.shape[0],
-            # Blocks of text alone are full: only where video ends inside a block do they mix.
-            TEXT=call.mask.video < tokens and call.mask.video % block[1] != 0,
-            DIM=dim, DIM_PAD=padded_dim(dim),
-            TILE_Q=tile_q, TILE_K=tile_k, BLOCK_Q=block[0], BLOCK_K=block[1],
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    launch_kernel(
+        _neighborhood_fwd_kernel, (ceil_div(tokens, tile_q), batch * heads),
+        (q, k, v, out, lse, call.partial.kv_num_blocks.contiguous(), indices,
+         call.mask.place, call.mask.low, call.mask.high, flags),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+         indices.shape[-1], heads, tokens, call.mask.video, call.scale * LOG2_E),
+        AXES=call.mask.place.shape[0],
+        # Blocks of text alone are full: only where video ends inside a block do they mix.
+        TEXT=call.mask.video < tokens and call.mask.video % block[1] != 0,
+        DIM=dim, DIM_PAD=padded_dim(dim),
+        TILE_Q=tile_q, TILE_K=tile_k, BLOCK_Q=block[0], BLOCK_K=block[1],
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return Attended(out, lse)
 
 

@@ -7,13 +7,15 @@ order of heads and tokens in memory.
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Impl, ReorderCall
-from dit_sparse.kernels.triton_common import INTERPRETED, RANK
+from dit_sparse.kernels.triton_common import INTERPRETED, RANK, ceil_div, power_of_two
+from dit_sparse.kernels.triton_launch import Launch
 
 _MOST = 3
 
@@ -106,20 +108,35 @@ class TritonReorder(Impl):
 
     def __call__(self, call: ReorderCall) -> tuple[Tensor, ...]:
         batch, _, heads, dim = call.tensors[0].shape
-        tokens, width = len(call.index), heads * dim
-        outs = tuple(x.new_empty(batch, tokens, heads, dim) for x in call.tensors)
+        tokens = len(call.index)
+        outs = tuple([x.new_empty((batch, tokens, heads, dim)) for x in call.tensors])
         if not outs[0].numel():
             return outs
         missing = _MOST - len(outs)
-        inputs = [*call.tensors, *[call.tensors[0]] * missing]
-        targets = [*outs, *[outs[0]] * missing]
-        strides = [step for x in inputs for step in x.stride()[:3]]
-        columns = min(2048, triton.next_power_of_2(width))
-        rows = max(1, 8192 // columns)
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns), batch * len(outs))
-        with torch.cuda.device_of(outs[0]):
-            _reorder_kernel[grid](
-                *inputs, *targets, call.index.contiguous(), *strides, tokens, width,
-                COUNT=len(outs), DIM=dim, TOKENS=rows, COLUMNS=columns, num_warps=4,
-            )  # fmt: skip
+        inputs = (*call.tensors, *(call.tensors[0],) * missing)
+        targets = (*outs, *(outs[0],) * missing)
+        strides = tuple([x.stride() for x in inputs])
+        launch, grid = _plan(strides, tokens, heads, dim, batch, len(outs))
+        launch(grid, (*inputs, *targets, call.index.contiguous()))
         return outs
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    strides: tuple[tuple[int, ...], ...],
+    tokens: int,
+    heads: int,
+    dim: int,
+    batch: int,
+    count: int,
+) -> tuple[Launch, tuple[int, int, int]]:
+    """The launch for ``count`` tensors with these ``strides``, and its programs."""
+    width = heads * dim
+    columns = min(2048, power_of_two(width))
+    rows = max(1, 8192 // columns)
+    launch = Launch(
+        _reorder_kernel,
+        (*(step for steps in strides for step in steps[:3]), tokens, width),
+        COUNT=count, DIM=dim, TOKENS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return launch, (ceil_div(tokens, rows), ceil_div(width, columns), batch * count)

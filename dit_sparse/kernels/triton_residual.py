@@ -6,12 +6,15 @@ compute capability 8.9; the bits are those of PyTorch's conversion.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.triton_common import last_contiguous, padded_dim, refusals
+from dit_sparse.kernels.triton_common import ceil_div, last_contiguous, padded_dim, refusals
+from dit_sparse.kernels.triton_launch import Launch, launch_kernel
 
 __all__ = ["add", "refusals", "replace"]
 
@@ -169,25 +172,31 @@ def add(
     """See :func:`dit_sparse.kernels.residual.add_residual`; ``place`` is the order's ``perm``."""
     given, sparse = sparse, last_contiguous(sparse)
     batch, tokens, heads, dim = sparse.shape
-    out = (
-        sparse
-        if place is None
-        else torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
-    )
+    out = sparse if place is None else sparse.new_empty(sparse.shape)
     if sparse.numel():
-        pad = padded_dim(dim)
-        size = max(1, _TILE // pad)
-        with torch.cuda.device_of(sparse):
-            _add_kernel[(triton.cdiv(tokens * heads, size), batch)](
-                out, sparse, _bits(values), scale, factor, weight, place, tokens, heads,
-                *out.stride()[:3], *sparse.stride()[:3],
-                *_strides(factor, sparse), *_strides(weight, sparse),
-                DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
-            )  # fmt: skip
+        steps = (*out.stride()[:3], *sparse.stride()[:3],
+                 *_strides(factor, sparse), *_strides(weight, sparse))  # fmt: skip
+        launch, rows = _add_plan(tokens, heads, dim, steps, scale is not None)
+        tensors = (out, sparse, _bits(values), scale, factor, weight, place)
+        launch((ceil_div(tokens * heads, rows), batch), tensors)
     if place is None and out is not given:
         given.copy_(out)
         return given
     return out
+
+
+@lru_cache(maxsize=1024)
+def _add_plan(
+    tokens: int, heads: int, dim: int, steps: tuple[int, ...], eight: bool
+) -> tuple[Launch, int]:
+    """The launch, and the pairs of token and head of a program."""
+    pad = padded_dim(dim)
+    rows = max(1, _TILE // pad)
+    launch = Launch(
+        _add_kernel, (tokens, heads, *steps),
+        DIM=dim, DIM_PAD=pad, ROWS=rows, EIGHT=eight, num_warps=4,
+    )  # fmt: skip
+    return launch, rows
 
 
 def replace(
@@ -211,13 +220,13 @@ def replace(
     if dense.numel():
         pad = padded_dim(dim)
         size = max(1, _TILE // pad)
-        with torch.cuda.device_of(dense):
-            _replace_kernel[(triton.cdiv(part_tokens * part_heads, size), batch)](
-                _bits(values), scale, dense, sparse, factor, rows,
-                tokens, heads, part_tokens, part_heads, first_head, head_step,
-                *dense.stride()[:3], *sparse.stride()[:3], *_strides(factor, dense),
-                DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
-            )  # fmt: skip
+        launch_kernel(
+            _replace_kernel, (ceil_div(part_tokens * part_heads, size), batch),
+            (_bits(values), scale, dense, sparse, factor, rows),
+            (tokens, heads, part_tokens, part_heads, first_head, head_step,
+             *dense.stride()[:3], *sparse.stride()[:3], *_strides(factor, dense)),
+            DIM=dim, DIM_PAD=pad, ROWS=size, EIGHT=scale is not None, num_warps=4,
+        )  # fmt: skip
 
 
 def _bits(values: Tensor) -> Tensor:

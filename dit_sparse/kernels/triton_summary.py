@@ -5,18 +5,17 @@ Source: see :mod:`dit_sparse.kernels.summary`.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from dit_sparse.kernels.ops import Impl, SummarizeCall
 from dit_sparse.kernels.summary import BlockSummary
-from dit_sparse.kernels.triton_common import (
-    RANK,
-    last_contiguous,
-    padded_dim,
-    refusals,
-)
+from dit_sparse.kernels.triton_common import RANK, ceil_div, last_contiguous, padded_dim, refusals
+from dit_sparse.kernels.triton_launch import Launch
 from dit_sparse.mask import block_count
 
 # Partial sums of the slope: enough programs to fill a card, few enough to add up cheaply.
@@ -195,12 +194,6 @@ def _slope_kernel(
         tl.store(at, total.to(rounded.dtype.element_ty), mask=place < SIZE)
 
 
-def _stages(call: SummarizeCall) -> int:
-    """Depth of the pipeline of loads: 96 KiB of shared memory, which all cards have."""
-    tile = 2 * call.block * padded_dim(call.k.shape[-1]) * call.k.element_size()
-    return max(1, min(3, (96 << 10) // tile)) if call.first_order else 1
-
-
 class TritonSummarize(Impl):
     op, name, rank = "summarize", "triton", RANK
 
@@ -211,43 +204,77 @@ class TritonSummarize(Impl):
         k, v = last_contiguous(call.k), last_contiguous(call.v)
         batch, kv_len, heads, dim = k.shape
         columns = block_count(kv_len, call.block)
-        device = k.device
         # Blocks of one head lie side by side, as attention reads them.
-        key_mean = torch.empty(batch, heads, columns, dim, dtype=k.dtype, device=device)
+        key_mean = k.new_empty((batch, heads, columns, dim))
         value_mean = torch.empty_like(key_mean)
         means = key_mean.transpose(1, 2), value_mean.transpose(1, 2)
-        count = torch.empty(batch, columns, dtype=torch.float32, device=device)
+        count = k.new_empty((batch, columns), dtype=torch.float32)
         if key_mean.numel() == 0:
             slope = key_mean.new_zeros(batch, heads, dim, dim, dtype=torch.float32)
             return BlockSummary(*means, count.zero_(), slope if call.first_order else None)
-        # Without the slope every block is a program of its own.
-        wanted = max(1, _SLOPE_PROGRAMS // (batch * heads)) if call.first_order else columns
-        per_program = triton.cdiv(columns, wanted)
-        programs = triton.cdiv(columns, per_program)
+        plan = _plan(
+            k.shape, k.stride(), v.stride(), k.element_size(),
+            call.block, call.blocks, call.first_order,
+        )  # fmt: skip
+        programs = plan.programs
         partial = None
         if call.first_order:
-            partial = torch.empty(
-                batch, heads, programs, dim, dim, dtype=torch.float32, device=device
-            )
+            partial = k.new_empty((batch, heads, programs, dim, dim), dtype=torch.float32)
         flags = None
         if call.key_valid is not None:
             flags = call.key_valid.contiguous().view(torch.uint8)
-        with torch.cuda.device_of(k):
-            _summarize_kernel[(programs, batch * heads)](
-                k, v, key_mean, value_mean, count, partial, flags,
-                k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-                heads, kv_len, min(kv_len, call.blocks * call.block), columns, per_program,
-                DIM=dim, DIM_PAD=padded_dim(dim), BLOCK=call.block,
-                num_warps=8 if padded_dim(dim) > 64 else 4,
-                num_stages=_stages(call),
-            )  # fmt: skip
+        plan.summarize(
+            (programs, batch * heads), (k, v, key_mean, value_mean, count, partial, flags)
+        )
         if partial is None:
             return BlockSummary(*means, count)
-        slope = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=device)
+        slope = k.new_empty((batch, heads, dim, dim), dtype=torch.float32)
         rounded = None if k.dtype == torch.float32 else torch.empty_like(slope, dtype=k.dtype)
-        with torch.cuda.device_of(k):
-            _slope_kernel[(triton.cdiv(dim * dim, _PLACES), batch * heads)](
-                partial, count, slope, rounded, heads, programs, columns,
-                SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
-            )  # fmt: skip
+        grid = ceil_div(dim * dim, _PLACES), batch * heads
+        plan.slope(grid, (partial, count, slope, rounded))
         return BlockSummary(*means, count, slope, rounded)
+
+
+class _Plan(NamedTuple):
+    """How summaries of tensors of one shape are made.
+
+    Attributes:
+        summarize: Launch of the first kernel.
+        slope: Launch of the second one, which adds up what its programs found.
+        programs: Programs of the first for each head.
+    """
+
+    summarize: Launch
+    slope: Launch
+    programs: int
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    bytes_each: int,
+    block: int,
+    blocks: int,
+    first_order: bool,
+) -> _Plan:
+    batch, kv_len, heads, dim = shape
+    columns, pad = block_count(kv_len, block), padded_dim(dim)
+    # Without the slope every block is a program of its own.
+    wanted = max(1, _SLOPE_PROGRAMS // (batch * heads)) if first_order else columns
+    per_program = ceil_div(columns, wanted)
+    programs = ceil_div(columns, per_program)
+    # Depth of the pipeline of loads: 96 KiB of shared memory, which all cards have.
+    stages = max(1, min(3, (96 << 10) // (2 * block * pad * bytes_each))) if first_order else 1
+    summarize = Launch(
+        _summarize_kernel,
+        (*k_strides[:3], *v_strides[:3], heads, kv_len, min(kv_len, blocks * block), columns,
+         per_program),
+        DIM=dim, DIM_PAD=pad, BLOCK=block, num_warps=8 if pad > 64 else 4, num_stages=stages,
+    )  # fmt: skip
+    slope = Launch(
+        _slope_kernel, (heads, programs, columns),
+        SIZE=dim * dim, PARTS=8, PLACES=_PLACES, num_warps=4,
+    )  # fmt: skip
+    return _Plan(summarize, slope, programs)

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from benchmarks import check_kernels as check
 from dit_sparse.kernels import ops, triton_attention
+from dit_sparse.kernels.triton_padding import validity
 from dit_sparse.mask import BlockMask
 
 GPU = torch.cuda.is_available()
@@ -145,3 +146,15 @@ def test_interpreter_is_never_chosen_automatically() -> None:
     q = torch.zeros(1, 4, 1, 16)
     call = ops.AttentionCall(q, q, q, None, None, 1.0)
     assert ops.select("attention", call).name != "triton"
+
+
+def test_valid_keys_before_the_first_that_is_not(device: str) -> None:
+    valid = torch.ones(6, 20000, dtype=torch.bool, device=device)
+    for row, first in enumerate((0, 1, 8191, 8192, 19999)):
+        valid[row, first] = False
+        valid[row, first + 3 :] = False
+    flags, prefix = validity(valid)
+    assert flags is not None and prefix is not None
+    assert prefix.tolist() == [0, 1, 8191, 8192, 19999, 20000]
+    assert torch.equal(flags.bool(), valid)
+    assert validity(None) == (None, None)

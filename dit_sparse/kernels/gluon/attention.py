@@ -17,6 +17,7 @@ ping-pong between the two groups.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_sparse.kernels.ops import Attended, AttentionCall
 from dit_sparse.kernels.probe import probe_reasons
-from dit_sparse.kernels.triton_common import LOG2_E, last_contiguous, validity
-from dit_sparse.kernels.triton_mask import expand, list_arguments
+from dit_sparse.kernels.triton_common import LOG2_E, as_float, last_contiguous
+from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
+from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
+from dit_sparse.kernels.triton_padding import validity
 
 TILE_Q = 128
 TILE_K = 128
@@ -521,7 +524,12 @@ def reasons(call: AttentionCall) -> list[str]:
         found.append("takes calls with a mask and values")
     elif call.mask.block not in ((128, 64), (128, 128)):
         found.append(f"takes query blocks of 128, got blocks of {call.mask.block}")
-    for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
+    operands = {"q": call.q, "k": call.k, "v": call.v}
+    if call.summary is not None:
+        operands["key_mean"] = call.summary.key_mean
+        operands["value_mean"] = call.summary.value_mean
+        operands["slope"] = call.summary.rounded
+    for name, tensor in operands.items():
         if tensor is None:
             continue
         tensor = last_contiguous(tensor)
@@ -547,13 +555,13 @@ def _strides(tensor: Tensor) -> list[int]:
     ]
 
 
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+def _box_shape(tensor: Tensor, rows: int) -> BoxShape:
     """TMA boxes of ``rows`` tokens of one head of ``[batch, tokens, heads, dim]``."""
     view = tensor.transpose(1, 2)
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    kind = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     box = [1, 1, rows, tensor.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(view, list(view.shape), _strides(view), box, layout)
+    layout = gl.NVMMASharedLayout.get_default_for(box, kind)
+    return BoxShape(TensorDescriptor, tensor.dtype, list(view.shape), _strides(view), box, layout)
 
 
 def launch(call: AttentionCall) -> Attended:
@@ -565,37 +573,74 @@ def launch(call: AttentionCall) -> Attended:
     """
     assert call.v is not None and call.mask is not None
     q, k, v = last_contiguous(call.q), last_contiguous(call.k), last_contiguous(call.v)
-    batch, q_len, heads, dim = q.shape
-    kv_len = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    mask = expand(call.mask)
-    counts, indices, mask_batch, mask_head, list_len = list_arguments(mask)
-    mask_rows = mask.shape[2]
+    plan = call.keep("hopper", lambda call: _plan(call, q, k, v))
+    batch, q_len, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    counter = q.new_empty(1, dtype=torch.int32)
+    counts, indices = lists_of(call.mask, counter)
     flags, prefix = validity(call.key_valid)
-    summary = call.summary
     kept_lse = key_count = bits = mean_k = mean_v = slope = None
+    summary = call.summary
     if summary is not None:
         kept_lse = torch.empty_like(lse)
-        key_count = summary.count.float().contiguous()
-        bits = mask.packed_bits().contiguous().view(torch.int32)
-        mean_k, mean_v = (_descriptor(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
+        key_count = as_float(summary.count)
+        bits = words_of(call.mask)
+        mean_k = Boxes(summary.key_mean, plan.means[0])
+        mean_v = Boxes(summary.value_mean, plan.means[1])
+        matrix = summary.slope_as(q.dtype)
+        if matrix is not None and plan.slope is not None:
+            slope = Boxes(matrix, plan.slope)
+    plan.launch(
+        plan.grid,
+        (Boxes(q, plan.operands[0]), Boxes(k, plan.operands[1]), Boxes(v, plan.operands[2]),
+         mean_k, mean_v, slope, out, lse, kept_lse,
+         counter, counts, indices, flags, prefix, key_count, bits),
+    )  # fmt: skip
+    return Attended(out, lse, kept_lse)
+
+
+class _Plan(NamedTuple):
+    """How the kernel is launched, which follows from the signature of the call.
+
+    Attributes:
+        launch: The kernel with all arguments but tensors.
+        grid: Programs.
+        operands: How TMA reads queries, keys and values.
+        means: How it reads means of keys and of values; empty without a summary.
+        slope: How it reads the slope; None without one.
+    """
+
+    launch: Launch
+    grid: tuple[int]
+    operands: tuple[BoxShape, ...]
+    means: tuple[BoxShape, ...]
+    slope: BoxShape | None
+
+
+def _plan(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
+    """How ``call`` is launched, given its operands with contiguous last dimensions."""
+    assert call.mask is not None
+    batch, q_len, heads, dim = q.shape
+    _, _, mask_rows, columns = call.mask.shape
+    block, kv_len, summary = call.mask.block[1], k.shape[1], call.summary
+    means: tuple[BoxShape, ...] = ()
+    slope = None
+    if summary is not None:
+        means = tuple(_box_shape(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
         matrix = summary.slope_as(q.dtype)
         if matrix is not None:
-            slope = _descriptor(matrix.transpose(1, 2), dim)
+            slope = _box_shape(matrix.transpose(1, 2), dim)
     total = mask_rows * batch * heads
     edge = min(EDGE, mask_rows // 2)
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    with torch.cuda.device_of(q):
-        _attention_kernel[(min(total, _multiprocessors(q.device)),)](
-            _descriptor(q, TILE_Q // 2), _descriptor(k, mask.block[1]),
-            _descriptor(v, mask.block[1]), mean_k, mean_v, slope, out, lse, kept_lse,
-            counter, counts, indices, flags, prefix, key_count, bits,
-            mask_batch, mask_head, list_len, mask_rows, heads, total, edge,
-            2 * edge * batch * heads, mask.shape[3], q_len, kv_len, call.scale, call.scale * LOG2_E,
-            DIM=dim, TILE_Q=TILE_Q, TILE_K=TILE_K, BLOCK_K=mask.block[1],
-            STAGES=2 if dim == 128 else 4, RAGGED=kv_len % mask.block[1] != 0,
-            SUMMARY=summary is not None, SLOPE=slope is not None,
-            num_warps=4,
-        )  # fmt: skip
-    return Attended(out, lse, kept_lse)
+    launch = Launch(
+        _attention_kernel,
+        (*list_steps(call.mask), mask_rows, heads, total, edge, 2 * edge * batch * heads,
+         columns, q_len, kv_len, call.scale, call.scale * LOG2_E),
+        DIM=dim, TILE_Q=TILE_Q, TILE_K=TILE_K, BLOCK_K=block,
+        STAGES=2 if dim == 128 else 4, RAGGED=kv_len % block != 0,
+        SUMMARY=summary is not None, SLOPE=slope is not None,
+        num_warps=4,
+    )  # fmt: skip
+    operands = _box_shape(q, TILE_Q // 2), _box_shape(k, block), _box_shape(v, block)
+    return _Plan(launch, (min(total, _multiprocessors(q.device)),), operands, means, slope)
