@@ -73,9 +73,9 @@ def test_only_hopper_gets_it(monkeypatch: pytest.MonkeyPatch, untested: None) ->
 
 @pytest.mark.parametrize(("units", "k_tiles"), [(3072, 256), (6672, 139), (12, 256), (5, 3)])
 def test_programs_end_together(units: int, k_tiles: int) -> None:
-    programs, ring = 132, 16
-    parts = gluon._parts(units, k_tiles, programs, ring)
-    assert parts == 1 or k_tiles // parts >= 2 * ring
+    programs = 132
+    parts = gluon._parts(units, k_tiles, programs)
+    assert parts == 1 or k_tiles // parts >= 2 * gluon.RING
 
     def longest(parts: int) -> int:
         return -(-units * parts // programs) * -(-k_tiles // parts)

@@ -13,8 +13,6 @@ their own, 64 queries each; query blocks of 128 are added afterwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -33,29 +31,14 @@ from dit_sparse.kernels.triton_common import LOG2_E, last_contiguous, validity
 from dit_sparse.mask import block_count
 
 ROWS = 64  # queries of a group
+GROUPS = 2
 TILE_K = 128
+STAGES = 3  # tiles of keys in shared memory
+RING = 16  # tiles, an even number, whose sums stay in shared memory before they are stored
 NAME = "triton's block mass for Hopper"
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch parameters.
-
-    Attributes:
-        groups: Groups of four warps that take 64 queries each, 2 or 3.
-        stages: Tiles of keys in shared memory.
-        ring: Tiles, an even number, whose sums stay in shared memory before they are stored.
-        buffers: Tiles of queries in shared memory.
-        registers: Whether queries are held in registers instead of shared memory.
-        soft: Whether every fourth exponential is computed by multiplications.
-    """
-
-    groups: int = 2
-    stages: int = 4
-    ring: int = 16
-    buffers: int = 2
-    registers: bool = False
-    soft: bool = False
+_memory = gl.shared_memory_descriptor
+# Triton 3.6 has it under a private name.
+_reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 
 @gluon.jit
@@ -71,8 +54,8 @@ def _locate(unit, q_tiles, parts, k_tiles):
 def _load_tiles(
     q_desc, k_desc, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
     total, q_tiles, parts, k_tiles, heads,
-    DIM: gl.constexpr, ROWS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, BUFFERS: gl.constexpr,
+    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     n = 0
     turn = 0
@@ -80,8 +63,8 @@ def _load_tiles(
     while unit < total:
         row, plane, first, last = _locate(unit, q_tiles, parts, k_tiles)
         head, batch = plane % heads, plane // heads
-        buffer = turn % BUFFERS
-        mbarrier.wait(q_empty.index(buffer), ((turn // BUFFERS) & 1) ^ 1)
+        buffer = turn & 1
+        mbarrier.wait(q_empty.index(buffer), ((turn >> 1) & 1) ^ 1)
         mbarrier.expect(q_full.index(buffer), GROUPS * ROWS * DIM * 2)
         for group in gl.static_range(GROUPS):
             at = [batch, head, (row * GROUPS + group) * ROWS, 0]
@@ -110,44 +93,14 @@ def _multiply(
 
 
 @gluon.jit
-def _exp2(x, SOFT: gl.constexpr):
-    """``exp2``, every fourth of it by multiplications where ``SOFT``."""
-    if not SOFT:
-        return gl.exp2(x)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 t, j, f, p;
-        .reg .b32 a, b;
-        ex2.approx.ftz.f32 $0, $4;
-        ex2.approx.ftz.f32 $1, $5;
-        ex2.approx.ftz.f32 $2, $6;
-        max.ftz.f32 t, $7, 0fC2FE0000;
-        add.rn.ftz.f32 j, t, 0f4B400000;
-        sub.rn.ftz.f32 f, j, 0f4B400000;
-        sub.rn.ftz.f32 f, t, f;
-        fma.rn.ftz.f32 p, f, 0f3C1D0162, 0f3D64FE25;
-        fma.rn.ftz.f32 p, p, f, 0f3E7601BC;
-        fma.rn.ftz.f32 p, p, f, 0f3F317096;
-        fma.rn.ftz.f32 p, p, f, 0f3F800000;
-        mov.b32 a, j;
-        mov.b32 b, p;
-        shl.b32 a, a, 23;
-        add.s32 b, a, b;
-        mov.b32 $3, b;
-        }""",
-        "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _add_up(
     scores, shift, scale_log2, sums, MASKED: gl.constexpr, tile, key_valid, kv_len,
-    TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, SOFT: gl.constexpr,
+    TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Stores what each thread holds of the mass of a tile to ``sums [key blocks, threads]``."""
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
     S: gl.constexpr = scores.type.layout
-    weights = _exp2(scores * scale_log2 - shift[:, None], SOFT)
+    weights = gl.exp2(scores * scale_log2 - shift[:, None])
     if MASKED:
         token = tile * TILE_K + gl.arange(0, TILE_K, gl.SliceLayout(0, S))
         keep = token < kv_len
@@ -172,7 +125,7 @@ def _flush(
     COUNT: gl.constexpr = RING * SPLIT
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    found = gl.sum(ring._reinterpret(gl.float32, [COUNT, 128], FLAT).load(LAYOUT), 1)
+    found = gl.sum(_reinterpret(ring, gl.float32, [COUNT, 128], FLAT).load(LAYOUT), 1)
     column = first * SPLIT + gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
     keep = (column < last * SPLIT) & (column < columns) & writes
     gl.store(mass + column, found, mask=keep)
@@ -183,9 +136,8 @@ def _sum_tiles(
     WHICH: gl.constexpr, ring, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
     mass, lse, key_valid, valid_prefix,
     total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, scale_log2,
-    DIM: gl.constexpr, ROWS: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr, QREG: gl.constexpr,
-    GROUPS: gl.constexpr, BUFFERS: gl.constexpr, SOFT: gl.constexpr,
+    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TILE_K: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -212,12 +164,9 @@ def _sum_tiles(
             flags = key_valid + (plane // heads).to(gl.int64) * kv_len
             inside = gl.load(valid_prefix + plane // heads) // TILE_K
             plain = gl.minimum(gl.maximum(inside - first, 0) // 2, pairs)
-        buffer = turn % BUFFERS
-        mbarrier.wait(q_full.index(buffer), (turn // BUFFERS) & 1)
+        buffer = turn & 1
+        mbarrier.wait(q_full.index(buffer), (turn >> 1) & 1)
         queries = q_smem.index(buffer * GROUPS + WHICH).reshape([ROWS, DIM])
-        if QREG:
-            queries = queries.load(gl.DotOperandLayout(0, S, 2))
-            mbarrier.arrive(q_empty.index(buffer), count=1)
         mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
         even = _multiply(queries, k_smem, n, S, ROWS, DIM, TILE_K, STAGES)
         mbarrier.wait(
@@ -227,14 +176,14 @@ def _sum_tiles(
             even, n = _pair(
                 even, queries, k_smem, k_full, k_empty, ring, n, pair, first, last, shift,
                 scale_log2, mass_row, columns, writes, False, None, kv_len,
-                S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, SOFT,
+                S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING,
             )  # fmt: skip
         if VALID:
             for pair in range(plain, pairs):
                 even, n = _pair(
                     even, queries, k_smem, k_full, k_empty, ring, n, pair, first, last, shift,
                     scale_log2, mass_row, columns, writes, True, flags, kv_len,
-                    S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, SOFT,
+                    S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING,
                 )  # fmt: skip
         # One or two tiles are left; two fit the ring, whose size is even.
         tile = first + 2 * pairs
@@ -247,7 +196,7 @@ def _sum_tiles(
             odd = _multiply(queries, k_smem, n, S, ROWS, DIM, TILE_K, STAGES)
             _add_up(
                 scores, shift, scale_log2, ring.index(start), MASKED, tile, flags, kv_len,
-                TILE_K, BLOCK_K, SOFT,
+                TILE_K, BLOCK_K,
             )  # fmt: skip
             scores = warpgroup_mma_wait(0, deps=(odd,))
             start += 1
@@ -256,11 +205,10 @@ def _sum_tiles(
             scores = warpgroup_mma_wait(0, deps=(even,))
         mbarrier.arrive(k_empty.index(n % STAGES), count=1)
         n += 1
-        if not QREG:
-            mbarrier.arrive(q_empty.index(buffer), count=1)
+        mbarrier.arrive(q_empty.index(buffer), count=1)
         _add_up(
             scores, shift, scale_log2, ring.index(start), MASKED, tile, flags, kv_len,
-            TILE_K, BLOCK_K, SOFT,
+            TILE_K, BLOCK_K,
         )  # fmt: skip
         _flush(ring, mass_row, begun, last, columns, writes, TILE_K, BLOCK_K, RING)
         turn += 1
@@ -273,7 +221,6 @@ def _pair(
     scale_log2, mass_row, columns, writes, MASKED: gl.constexpr, key_valid, kv_len,
     S: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, TILE_K: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
-    SOFT: gl.constexpr,
 ):  # fmt: skip
     """Two tiles, the first of which is being multiplied; starts the one after them."""
     # Two, because scores that stay in their registers need no move from one turn to the next.
@@ -285,7 +232,7 @@ def _pair(
     mbarrier.wait(k_full.index((n + 2) % STAGES), ((n + 2) // STAGES) & 1)
     _add_up(
         scores, shift, scale_log2, ring.index(slot), MASKED, tile, key_valid, kv_len,
-        TILE_K, BLOCK_K, SOFT,
+        TILE_K, BLOCK_K,
     )  # fmt: skip
     scores = warpgroup_mma_wait(0, deps=(odd,))
     mbarrier.arrive(k_empty.index((n + 1) % STAGES), count=1)
@@ -294,7 +241,7 @@ def _pair(
     mbarrier.wait(k_full.index((n + 3) % STAGES), ((n + 3) // STAGES) & 1, pred=tile + 3 < last)
     _add_up(
         scores, shift, scale_log2, ring.index(slot + 1), MASKED, tile + 1, key_valid, kv_len,
-        TILE_K, BLOCK_K, SOFT,
+        TILE_K, BLOCK_K,
     )  # fmt: skip
     if slot + 2 == RING:
         _flush(ring, mass_row, tile - slot, tile + 2, columns, writes, TILE_K, BLOCK_K, RING)
@@ -305,109 +252,59 @@ def _pair(
 def _block_mass_kernel(
     q_desc, k_desc, mass, lse, key_valid, valid_prefix,
     total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, scale_log2,
-    DIM: gl.constexpr, ROWS: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr, QREG: gl.constexpr,
-    GROUPS: gl.constexpr, BUFFERS: gl.constexpr, SOFT: gl.constexpr,
+    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TILE_K: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
-    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 1, 1, ROWS, DIM], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2 * GROUPS, 1, 1, ROWS, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE_K, DIM], k_desc.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ring_0 = gl.allocate_shared_memory(gl.float32, [RING, SPLIT, 128], flat)
     ring_1 = gl.allocate_shared_memory(gl.float32, [RING, SPLIT, 128], flat)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], layout)
-    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    for buffer in gl.static_range(BUFFERS):
+    for buffer in gl.static_range(2):
         mbarrier.init(q_full.index(buffer), count=1)
         mbarrier.init(q_empty.index(buffer), count=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=GROUPS)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _sum_tiles,
                 (
-                    _sum_tiles,
-                    (
-                        0, ring_0, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
-                        rows, columns, q_len, kv_len, scale_log2,
-                        DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, RAGGED, QREG, GROUPS, BUFFERS,
-                        SOFT,
-                    ),
+                    0, ring_0, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
+                    mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
+                    rows, columns, q_len, kv_len, scale_log2,
+                    DIM, ROWS, GROUPS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
                 ),
+            ),
+            (
+                _sum_tiles,
                 (
-                    _sum_tiles,
-                    (
-                        1, ring_1, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
-                        rows, columns, q_len, kv_len, scale_log2,
-                        DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, RAGGED, QREG, GROUPS, BUFFERS,
-                        SOFT,
-                    ),
+                    1, ring_1, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
+                    mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
+                    rows, columns, q_len, kv_len, scale_log2,
+                    DIM, ROWS, GROUPS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
                 ),
+            ),
+            (
+                _load_tiles,
                 (
-                    _load_tiles,
-                    (
-                        q_desc, k_desc, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        total, q_tiles, parts, k_tiles, heads,
-                        DIM, ROWS, TILE_K, STAGES, GROUPS, BUFFERS,
-                    ),
+                    q_desc, k_desc, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
+                    total, q_tiles, parts, k_tiles, heads,
+                    DIM, ROWS, GROUPS, TILE_K, STAGES,
                 ),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        ring_2 = gl.allocate_shared_memory(gl.float32, [RING, SPLIT, 128], flat)
-        gl.warp_specialize(
-            [
-                (
-                    _sum_tiles,
-                    (
-                        0, ring_0, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
-                        rows, columns, q_len, kv_len, scale_log2,
-                        DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, RAGGED, QREG, GROUPS, BUFFERS,
-                        SOFT,
-                    ),
-                ),
-                (
-                    _sum_tiles,
-                    (
-                        1, ring_1, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
-                        rows, columns, q_len, kv_len, scale_log2,
-                        DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, RAGGED, QREG, GROUPS, BUFFERS,
-                        SOFT,
-                    ),
-                ),
-                (
-                    _sum_tiles,
-                    (
-                        2, ring_2, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
-                        rows, columns, q_len, kv_len, scale_log2,
-                        DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING, RAGGED, QREG, GROUPS, BUFFERS,
-                        SOFT,
-                    ),
-                ),
-                (
-                    _load_tiles,
-                    (
-                        q_desc, k_desc, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
-                        total, q_tiles, parts, k_tiles, heads,
-                        DIM, ROWS, TILE_K, STAGES, GROUPS, BUFFERS,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 def reasons(call: BlockMassCall) -> list[str]:
@@ -430,40 +327,38 @@ def reasons(call: BlockMassCall) -> list[str]:
     return found or mass_reasons(NAME, launch, call)
 
 
-def _parts(units: int, k_tiles: int, programs: int, ring: int) -> int:
+def _parts(units: int, k_tiles: int, programs: int) -> int:
     """Into how many ranges of keys a query tile is split, so that programs end together."""
     # Beside its tiles a unit costs the time of about one: at its end nothing is multiplied.
-    choices = range(1, min(8, max(1, k_tiles // (2 * ring))) + 1)
+    choices = range(1, min(8, max(1, k_tiles // (2 * RING))) + 1)
     return min(choices, key=lambda n: -(-units * n // programs) * (-(-k_tiles // n) + 1))
 
 
-def launch(call: BlockMassCall, config: Config | None = None) -> Tensor:
+def launch(call: BlockMassCall) -> Tensor:
     """Runs the kernel on a call for which ``reasons`` is empty.
 
     Returns:
         ``[batch, heads, q_blocks, kv_blocks]`` fp32.
     """
-    config = config or Config()
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     block_q, block_k = call.block
     q_blocks, columns = block_count(q_len, block_q), block_count(kv_len, block_k)
     rows = q_blocks * (block_q // ROWS)
-    q_tiles, k_tiles = block_count(rows, config.groups), block_count(kv_len, TILE_K)
+    q_tiles, k_tiles = block_count(rows, GROUPS), block_count(kv_len, TILE_K)
     flags, prefix = validity(call.key_valid)
     mass = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     programs, units = hopper._multiprocessors(q.device), q_tiles * batch * heads
-    parts = _parts(units, k_tiles, programs, config.ring)
+    parts = _parts(units, k_tiles, programs)
     total = units * parts
     with torch.cuda.device_of(q):
         _block_mass_kernel[(min(total, programs),)](
             hopper._descriptor(q, ROWS), hopper._descriptor(k, TILE_K), mass,
             call.lse.float().contiguous(), flags, prefix, total, q_tiles, parts, k_tiles, heads,
             rows, columns, q_len, kv_len, call.scale * LOG2_E,
-            DIM=dim, ROWS=ROWS, TILE_K=TILE_K, BLOCK_K=block_k, STAGES=config.stages,
-            RING=config.ring, RAGGED=kv_len % TILE_K != 0, QREG=config.registers,
-            GROUPS=config.groups, BUFFERS=config.buffers, SOFT=config.soft, num_warps=4,
+            DIM=dim, ROWS=ROWS, GROUPS=GROUPS, TILE_K=TILE_K, BLOCK_K=block_k, STAGES=STAGES,
+            RING=RING, RAGGED=kv_len % TILE_K != 0, num_warps=4,
         )  # fmt: skip
     if block_q == ROWS:
         return mass
