@@ -131,9 +131,11 @@ def _device(arch: int) -> Iterator[None]:
         stack.enter_context(patch(triton_mask, "INTERPRETED", True))
         with contextlib.suppress(ImportError):  # a triton without Gluon
             from dit_sparse.kernels.gluon import attention as hopper
+            from dit_sparse.kernels.gluon import block_mass as hopper_mass
 
-            # The numeric test needs the GPU.
+            # The numeric tests need the GPU.
             stack.enter_context(patch(hopper, "probe_reasons", lambda *call: []))
+            stack.enter_context(patch(hopper_mass, "mass_reasons", lambda *call: []))
             stack.enter_context(patch(hopper, "_multiprocessors", lambda device: 132))
         stack.enter_context(patch(driver, "_active", _Driver(arch)))
         yield

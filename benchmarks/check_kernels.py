@@ -23,6 +23,9 @@ from dit_sparse.kernels import flash3_attention as flash3
 from dit_sparse.kernels import flash4_attention as flash4
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.summary import BlockSummary
+from dit_sparse.kernels.triton_block_mass import Path
+from dit_sparse.kernels.triton_block_mass import hopper_reasons as hopper_mass_reasons
+from dit_sparse.kernels.triton_block_mass import launch as launch_block_mass
 from dit_sparse.kernels.triton_mask import expand
 from dit_sparse.mask import BlockMask, block_count
 
@@ -256,15 +259,23 @@ def _exact(x: Operands) -> ops.Attended:
     return ops.attention(q, k, v, x.mask, key_valid=x.key_valid, impl="reference")
 
 
-def check_block_mass(case: Case, dtype: torch.dtype, device: str) -> list[Finding]:
-    """Errors of block_mass; every key that is not padding takes part, so only those are NaN."""
-    block = case.block or (64, 64)
+def _mass_call(case: Case, dtype: torch.dtype, device: str) -> ops.BlockMassCall:
+    """Every key that is not padding takes part in block mass, so only those are NaN."""
     x = build(Case(**{**case.__dict__, "block": None}), dtype, device)
     q, k = x.q.double(), x.k.double()
     lse = ops.row_lse(q, k, key_valid=x.key_valid, impl="reference").float()
     lse[:, 0, : min(5, case.seq[0] - 1)] = float("-inf")
+    return ops.BlockMassCall(x.q, x.k, lse, case.block or (64, 64), x.key_valid, case.dim**-0.5)
+
+
+def check_block_mass(
+    case: Case, dtype: torch.dtype, device: str, path: Path = "pointer"
+) -> list[Finding]:
+    """Errors of block_mass by ``path`` of the Triton launcher."""
+    x = _mass_call(case, dtype, device)
+    q, k, lse, block = x.q.double(), x.k.double(), x.lse, x.block
     with poisoned_memory():
-        found = ops.block_mass(x.q, x.k, lse, block, key_valid=x.key_valid, impl="triton")
+        found = launch_block_mass(x, path)
     options = {"key_valid": x.key_valid, "impl": "reference"}
     truth = ops.block_mass(q, k, lse.double(), block, **options)
     eager = ops.block_mass(x.q.float(), x.k.float(), lse, block, **options)
@@ -527,6 +538,8 @@ def run(
             if case.block is not None:
                 attempt(f"summary {path} {label}", check_summary, case, dtype, "cuda", path)
         attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
+        if tma and not hopper_mass_reasons(_mass_call(case, dtype, "cuda")):
+            attempt(f"block_mass hopper {label}", check_block_mass, case, dtype, "cuda", "hopper")
         if case.block is not None:
             attempt(f"summarize {label}", check_summarize, case, dtype, "cuda")
             attempt(f"top_blocks {label}", check_top_blocks, case, "cuda")

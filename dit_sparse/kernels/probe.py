@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +86,18 @@ class ShapeClass:
 
 
 @lru_cache(maxsize=256)
-def probe(name: str, run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> str | None:
+def probe(
+    name: str,
+    run: Callable[[Any], Any],
+    kind: Any,
+    test: Callable[[Any, Any], str | None] | None = None,
+) -> str | None:
     """Why ``run`` is not trusted with calls of ``kind``; None if its example came out right.
 
-    Tested once in a process; a failure is logged then.
+    Tested once in a process, by ``test`` or else by :func:`disagreement`; a failure is logged then.
     """
     try:
-        found = disagreement(run, kind)
+        found = (test or disagreement)(run, kind)
     except Exception as error:  # whatever the compiler or the checks of another project raise
         found = f"it raised {type(error).__name__}: {error}"
     if found is None:
@@ -105,9 +111,19 @@ def probe_reasons(
     name: str, run: Callable[[AttentionCall], Attended], call: AttentionCall
 ) -> list[str]:
     """:func:`probe` for the class of ``call``, as reasons of an implementation."""
+    return reasons(name, run, ShapeClass.of(call))
+
+
+def reasons(
+    name: str,
+    run: Callable[[Any], Any],
+    kind: Any,
+    test: Callable[[Any, Any], str | None] | None = None,
+) -> list[str]:
+    """:func:`probe` as reasons of an implementation."""
     if torch.cuda.is_current_stream_capturing():
         return ["is tested before its first use, which a CUDA graph cannot record; warm it up"]
-    failed = probe(name, run, ShapeClass.of(call))
+    failed = probe(name, run, kind, test)
     return [] if failed is None else [failed]
 
 
@@ -137,10 +153,10 @@ def disagreement(run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> 
     exact, mine = truth.out.transpose(1, 2), found.out.transpose(1, 2)
     rounding = torch.finfo(call.q.dtype).eps * float(exact.abs().max())
     errors = {
-        "output": (_worst(mine[live], exact[live]), _worst(peer[live], exact[live]) + rounding),
+        "output": (worst(mine[live], exact[live]), worst(peer[live], exact[live]) + rounding),
         "LSE": (
-            _worst(found.lse[live], truth.lse[live]),
-            _worst(peer_lse[live], truth.lse[live]) + torch.finfo(torch.float32).eps * size,
+            worst(found.lse[live], truth.lse[live]),
+            worst(peer_lse[live], truth.lse[live]) + torch.finfo(torch.float32).eps * size,
         ),
     }
     for name, (error, budget) in errors.items():
@@ -151,5 +167,6 @@ def disagreement(run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> 
     return None
 
 
-def _worst(a: Tensor, b: Tensor) -> float:
+def worst(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; 0 of nothing."""
     return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0

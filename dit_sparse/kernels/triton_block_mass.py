@@ -7,6 +7,10 @@ Source: AdaSpa (arXiv 2502.21079), algorithms 1 and 2.
 
 from __future__ import annotations
 
+import importlib
+from functools import lru_cache
+from typing import Any, Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.ops import BlockMassCall, Impl
 from dit_sparse.kernels.triton_common import (
+    INTERPRETED,
     LOG2_E,
     RANK,
     as_float,
@@ -25,6 +30,8 @@ from dit_sparse.kernels.triton_common import (
 )
 from dit_sparse.kernels.triton_launch import launch_kernel
 from dit_sparse.kernels.triton_padding import validity
+
+Path = Literal["pointer", "hopper"]
 
 
 @triton.jit
@@ -132,6 +139,70 @@ def _block_mass_fwd_kernel(
         )  # fmt: skip
 
 
+@lru_cache(maxsize=1)
+def _hopper() -> Any:
+    """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
+    try:
+        return importlib.import_module("dit_sparse.kernels.gluon.block_mass")
+    except ImportError as error:
+        # An experiment of triton's, which moves between its versions.
+        return f"this version of triton lacks it ({error})"
+
+
+def hopper_reasons(call: BlockMassCall) -> list[str]:
+    """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
+    if INTERPRETED:
+        return ["Gluon has no interpreter"]
+    if capability(call.q) != (9, 0):
+        return ["needs compute capability 9.0"]
+    module = _hopper()
+    return [module] if isinstance(module, str) else module.reasons(call)
+
+
+def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
+    """Runs the kernel.
+
+    Args:
+        call: Query and key blocks of 64 or 128.
+        path: ``"pointer"``, or ``"hopper"`` for :mod:`dit_sparse.kernels.gluon.block_mass`, which
+            requires ``hopper_reasons(call)`` empty.
+
+    Returns:
+        ``[batch, heads, q_blocks, kv_blocks]`` fp32.
+    """
+    if path == "hopper":
+        return _hopper().launch(call)
+    q, k = last_contiguous(call.q), last_contiguous(call.k)
+    batch, q_len, heads, dim = q.shape
+    kv_len = k.shape[1]
+    # In 16 bit one tile is one block, at dim 256 half of one to fit the shared memory of
+    # consumer cards. fp32 products run on the FMA units with operands in registers: larger
+    # tiles spill.
+    single, wide = q.dtype == torch.float32, padded_dim(dim) == 256
+    limit = (16 if wide else 32) if single else (64 if wide else 128)
+    tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
+    rows, columns = ceil_div(q_len, call.block[0]), ceil_div(kv_len, call.block[1])
+    parts = call.block[0] // tile_q
+    # Loads of part of a tile's columns take registers for their masks; Hopper has enough.
+    partial = capability(q)[0] != 9 and padded_dim(dim) != dim
+    flags, prefix = validity(call.key_valid)
+    mass = q.new_empty((batch, heads, rows * parts, columns), dtype=torch.float32)
+    if mass.numel() == 0:
+        return mass.view(batch, heads, rows, parts, columns).sum(-2)
+    launch_kernel(
+        _block_mass_fwd_kernel, (rows * parts, batch * heads),
+        (q, k, as_float(call.lse), mass, flags, prefix),
+        (*q.stride()[:3], *k.stride()[:3], heads, q_len, kv_len, call.scale * LOG2_E),
+        DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
+        BLOCK_K=call.block[1],
+        NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
+        # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
+        num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
+        num_stages=1 if single else 2,
+    )  # fmt: skip
+    return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)
+
+
 class TritonBlockMass(Impl):
     op, name, rank = "block_mass", "triton", RANK
 
@@ -139,32 +210,4 @@ class TritonBlockMass(Impl):
         return refusals(call.q, call.block)
 
     def __call__(self, call: BlockMassCall) -> Tensor:
-        q, k = last_contiguous(call.q), last_contiguous(call.k)
-        batch, q_len, heads, dim = q.shape
-        kv_len = k.shape[1]
-        # In 16 bit one tile is one block, at dim 256 half of one to fit the shared memory of
-        # consumer cards. fp32 products run on the FMA units with operands in registers: larger
-        # tiles spill.
-        single, wide = q.dtype == torch.float32, padded_dim(dim) == 256
-        limit = (16 if wide else 32) if single else (64 if wide else 128)
-        tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
-        rows, columns = ceil_div(q_len, call.block[0]), ceil_div(kv_len, call.block[1])
-        parts = call.block[0] // tile_q
-        # Loads of part of a tile's columns take registers for their masks; Hopper has enough.
-        partial = capability(q)[0] != 9 and padded_dim(dim) != dim
-        flags, prefix = validity(call.key_valid)
-        mass = q.new_empty((batch, heads, rows * parts, columns), dtype=torch.float32)
-        if mass.numel() == 0:
-            return mass.view(batch, heads, rows, parts, columns).sum(-2)
-        launch_kernel(
-            _block_mass_fwd_kernel, (rows * parts, batch * heads),
-            (q, k, as_float(call.lse), mass, flags, prefix),
-            (*q.stride()[:3], *k.stride()[:3], heads, q_len, kv_len, call.scale * LOG2_E),
-            DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
-            BLOCK_K=call.block[1],
-            NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
-            # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
-            num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
-            num_stages=1 if single else 2,
-        )  # fmt: skip
-        return mass if parts == 1 else mass.view(batch, heads, rows, parts, columns).sum(-2)
+        return launch(call, "pointer" if hopper_reasons(call) else "hopper")

@@ -21,8 +21,9 @@ from dit_sparse.kernels import flash3_attention, flash4_attention, measured, ops
 from dit_sparse.kernels.flash3_attention import FlashAttention3
 from dit_sparse.kernels.flash4_attention import FlashAttention4
 from dit_sparse.kernels.measured import Query, device_class, measured_order
-from dit_sparse.kernels.ops import Attended, AttentionCall
+from dit_sparse.kernels.ops import Attended, AttentionCall, BlockMassCall
 from dit_sparse.kernels.probe import ShapeClass
+from dit_sparse.kernels.probe_mass import MassClass, mass_disagreement
 from dit_sparse.mask import BlockMask
 
 
@@ -452,3 +453,58 @@ def test_a_wrong_kernel_is_found_and_reported_once(
     if wrong is raises:
         assert "RuntimeError: no kernel image" in reason
     probe.probe.cache_clear()
+
+
+MASS = MassClass(torch.device("cpu"), torch.float16, 16, (128, 64))
+
+
+def right_mass(x: BlockMassCall) -> Tensor:
+    return ops.block_mass(
+        x.q, x.k, x.lse, x.block, key_valid=x.key_valid, scale=x.scale, impl="reference"
+    )
+
+
+def mass_with_other_scale(x: BlockMassCall) -> Tensor:
+    return right_mass(replace(x, scale=1.001 * x.scale))
+
+
+def mass_of_padded_keys(x: BlockMassCall) -> Tensor:
+    return right_mass(replace(x, k=x.k.nan_to_num(), key_valid=None))
+
+
+def mass_of_empty_rows(x: BlockMassCall) -> Tensor:
+    return right_mass(replace(x, lse=x.lse.nan_to_num(neginf=8.0)))
+
+
+def mass_of_later_keys_lost(x: BlockMassCall) -> Tensor:
+    found = right_mass(x)
+    found[..., -1] = 0
+    return found
+
+
+def mass_of_one_group(x: BlockMassCall) -> Tensor:
+    return right_mass(replace(x, block=(64, 64)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("block", [(64, 64), (128, 64), (128, 128)])
+def test_a_right_block_mass_passes(block: tuple[int, int], padded: bool) -> None:
+    kind = replace(MASS, block=block, padded=padded)
+    example = kind.example()
+    assert MassClass.of(example) == kind
+    assert (example.lse == float("-inf")).any(), "no query without keys"
+    assert mass_disagreement(right_mass, kind) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        mass_with_other_scale,
+        mass_of_padded_keys,
+        mass_of_empty_rows,
+        mass_of_later_keys_lost,
+        mass_of_one_group,
+    ],
+)
+def test_a_wrong_block_mass_is_found(wrong: Callable[[BlockMassCall], Tensor]) -> None:
+    assert mass_disagreement(wrong, replace(MASS, padded=True)) is not None
