@@ -130,11 +130,12 @@ def _device(arch: int) -> Iterator[None]:
         # Lists are made by the kernel on CPU tensors too.
         stack.enter_context(patch(triton_mask, "INTERPRETED", True))
         with contextlib.suppress(ImportError):  # a triton without Gluon
-            from dit_sparse.kernels.gluon import attention as hopper
+            from dit_sparse.kernels.gluon import attention, attention_fp8
 
-            # The numeric test needs the GPU.
-            stack.enter_context(patch(hopper, "probe_reasons", lambda *call: []))
-            stack.enter_context(patch(hopper, "_multiprocessors", lambda device: 132))
+            for hopper in (attention, attention_fp8):
+                # The numeric test needs the GPU.
+                stack.enter_context(patch(hopper, "probe_reasons", lambda *call: []))
+                stack.enter_context(patch(hopper, "_multiprocessors", lambda device: 132))
         stack.enter_context(patch(driver, "_active", _Driver(arch)))
         yield
 

@@ -35,6 +35,12 @@ OnChoice = Callable[[str], object]
 OPTIONAL_PACKAGES = frozenset({"triton"})
 
 
+# What the products of attention are computed in: the operands' dtype, 8 bits for queries and keys,
+# or for weights and values too (:mod:`~dit_sparse.kernels.fp8`).
+FP8 = ("fp8_qk", "fp8_qkpv")
+PRECISIONS = ("model", *FP8)
+
+
 class Unsupported(NotImplementedError):
     """No implementation, or not the named one, can compute this call."""
 
@@ -66,6 +72,7 @@ class AttentionCall:
     key_valid: Tensor | None
     scale: float
     summary: BlockSummary | None = None
+    precision: str = "model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,6 +196,7 @@ class Impl(abc.ABC):
         rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
             given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
+        precisions: Of :data:`PRECISIONS`, what an attention implementation computes.
         packages: Names of the distributions any of which it needs; empty if none.
         partner: Who computes the operations that it does not have, where it is named.
     """
@@ -197,6 +205,7 @@ class Impl(abc.ABC):
     name: ClassVar[str]
     rank: ClassVar[int]
     summaries: ClassVar[bool] = False
+    precisions: ClassVar[tuple[str, ...]] = ("model",)
     packages: ClassVar[tuple[str, ...]] = ()
     partner: ClassVar[str | None] = None
 
@@ -343,7 +352,7 @@ def _device_class(index: int) -> str:
 
 def _measured_query(op: str, call: AnyCall) -> Query | None:
     """What the table of the device is asked; None where nothing is measured."""
-    if not isinstance(call, AttentionCall) or not call.q.is_cuda:
+    if not isinstance(call, AttentionCall) or not call.q.is_cuda or call.precision != "model":
         return None
     mask, tokens = call.mask, (call.q.shape[1] * call.k.shape[1]) ** 0.5
     density, block = 1.0, None
@@ -374,6 +383,19 @@ def _candidates(op: str, call: AnyCall) -> list[tuple[Impl, str]]:
     ]
 
 
+def _precision_reasons(candidate: Impl, call: AnyCall) -> list[str]:
+    precision = call.precision if isinstance(call, AttentionCall) else "model"
+    if precision in candidate.precisions:
+        return []
+    return [f"computes in precision {' or '.join(candidate.precisions)}, not {precision}"]
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"attention_precision must be one of {PRECISIONS}, got {precision!r}")
+
+
 def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     """The implementation that computes ``call``.
 
@@ -391,7 +413,7 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
         why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
         candidates = [(i, why) for i in implementations(op) if i.name == wanted]
     for candidate, why in candidates:
-        reasons = candidate.reasons(call)
+        reasons = _precision_reasons(candidate, call) or candidate.reasons(call)
         if not reasons:
             _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
             _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
@@ -415,6 +437,7 @@ def attention(
     summary: BlockSummary | None = None,
     key_valid: Tensor | None = None,
     scale: float | None = None,
+    precision: str = "model",
     impl: str = "auto",
     on_choice: OnChoice | None = None,
 ) -> Attended:
@@ -434,6 +457,9 @@ def attention(
         key_valid: Keys that exist (not padding), ``[batch, kv_len]`` bool; ``None`` means all.
             Keys and values of padding may hold anything, NaN included.
         scale: Factor on the scores; ``dim ** -0.5`` if None.
+        precision: ``"model"``, the dtype of the operands; ``"fp8_qk"``, queries and keys in 8 bits;
+            ``"fp8_qkpv"``, weights and values too. See :mod:`~dit_sparse.kernels.fp8` for what is
+            rounded and how. Summaries, output and log-sum-exp are as without it.
         impl: ``"auto"`` or the name of an implementation, which then never falls back.
         on_choice: Told the name of the implementation that computes it.
 
@@ -446,9 +472,10 @@ def attention(
     """
     _check_operands(q, k, v, key_valid)
     _check_mask(mask, q, k)
+    check_precision(precision)
     if summary is not None:
         _check_summary(summary, mask, k)
-    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary)
+    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary, precision)
     chosen = select("attention", call, impl)
     if on_choice is not None:
         on_choice(chosen.name)
