@@ -383,11 +383,35 @@ def _candidates(op: str, call: AnyCall) -> list[tuple[Impl, str]]:
     ]
 
 
+def _precision(call: AnyCall) -> str:
+    return call.precision if isinstance(call, AttentionCall) else "model"
+
+
+def _label(candidate: Impl, call: AnyCall) -> str:
+    """What reports call ``candidate`` where it computes ``call``, e.g. ``"triton fp8_qk"``."""
+    precision = _precision(call)
+    return candidate.name if precision == "model" else f"{candidate.name} {precision}"
+
+
 def _precision_reasons(candidate: Impl, call: AnyCall) -> list[str]:
-    precision = call.precision if isinstance(call, AttentionCall) else "model"
+    precision = _precision(call)
     if precision in candidate.precisions:
         return []
     return [f"computes in precision {' or '.join(candidate.precisions)}, not {precision}"]
+
+
+def check_model_precision(op: str, precision: str) -> None:
+    """Refuses ``op``, which has no form in 8 bits, unless ``precision`` is ``"model"``.
+
+    Raises:
+        ValueError, Unsupported: On an unknown, or another precision.
+    """
+    check_precision(precision)
+    if precision != "model":
+        raise Unsupported(
+            f"{op} is computed in the model's dtype only, got attention_precision={precision!r}; "
+            "leave it at 'model', or choose a method whose masks are lists of blocks"
+        )
 
 
 def check_precision(precision: str) -> None:
@@ -415,7 +439,7 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     for candidate, why in candidates:
         reasons = _precision_reasons(candidate, call) or candidate.reasons(call)
         if not reasons:
-            _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
+            _chosen.setdefault(_label(candidate, call), {})[f"{op} {why}"] = None
             _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]
@@ -461,7 +485,8 @@ def attention(
             ``"fp8_qkpv"``, weights and values too. See :mod:`~dit_sparse.kernels.fp8` for what is
             rounded and how. Summaries, output and log-sum-exp are as without it.
         impl: ``"auto"`` or the name of an implementation, which then never falls back.
-        on_choice: Told the name of the implementation that computes it.
+        on_choice: Told the name of the implementation that computes it, with the precision where
+            that is not the model's, e.g. ``"triton fp8_qk"``.
 
     Returns:
         ``Attended(out, lse, lse_kept)``; a query that has no key gives out 0 and lse ``-inf``.
@@ -478,7 +503,7 @@ def attention(
     call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary, precision)
     chosen = select("attention", call, impl)
     if on_choice is not None:
-        on_choice(chosen.name)
+        on_choice(_label(chosen, call))
     if summary is None or mask is None or chosen.summaries:
         return chosen(call)
     kept = chosen(replace(call, summary=None))

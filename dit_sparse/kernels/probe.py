@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Attended, AttentionCall, attention
+from dit_sparse.kernels.reference_fp8 import ReferenceFp8
 from dit_sparse.mask import BlockMask, block_count
 
 logger = logging.getLogger(__name__)
@@ -139,9 +140,7 @@ def disagreement(run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> 
     peer_lse = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
 
     if kind.precision != "model":
-        rounded = attention(
-            *wide, call.mask, key_valid=call.key_valid, precision=kind.precision, impl="reference"
-        )
+        rounded = ReferenceFp8()(replace(call, q=wide[0], k=wide[1], v=wide[2]))
         peer, peer_lse = rounded.out.transpose(1, 2), rounded.lse
     exact, mine = truth.out.transpose(1, 2), found.out.transpose(1, 2)
     rounding = torch.finfo(call.q.dtype).eps * float(exact.abs().max())

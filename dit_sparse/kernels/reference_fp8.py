@@ -13,9 +13,12 @@ class ReferenceFp8(Impl):
     precisions = FP8
 
     def reasons(self, call: AttentionCall) -> list[str]:
+        if call.q.device.type != "cpu":
+            return [f"emulates 8-bit products, which is slower than 16 bits on {call.q.device}"]
         return []
 
     def __call__(self, call: AttentionCall) -> Attended:
+        """Runs on any device; :meth:`reasons` keeps ``auto`` from it where that is no help."""
         assert call.v is not None
         work = work_dtype(call.q.dtype)
         batch, q_len, heads, _ = call.q.shape

@@ -263,6 +263,11 @@ def hopper_reasons(call: AttentionCall) -> list[str]:
     return [module] if isinstance(module, str) else module.reasons(call)
 
 
+def launch_hopper(call: AttentionCall) -> Attended:
+    """:func:`launch` by the kernel in Gluon, where ``hopper_reasons`` are none."""
+    return _hopper().launch(call)
+
+
 def capability_reasons(call: AttentionCall) -> list[str]:
     """Why the device of ``call`` has no products of 8 bits; empty if it has."""
     if torch.version.hip is not None:
@@ -299,7 +304,7 @@ class TritonFp8(Impl):
 
     def __call__(self, call: AttentionCall) -> Attended:
         alone = replace(call, summary=None)
-        kept = launch(alone) if hopper_reasons(alone) else _hopper().launch(alone)
+        kept = launch(alone) if hopper_reasons(alone) else launch_hopper(alone)
         if call.summary is None or call.mask is None:
             return kept
         whole = merge_into(kept, skipped_part(replace(call, precision="model")))

@@ -62,6 +62,8 @@ def _load_tiles(
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
     V_BYTES: gl.constexpr = TILE_K * DIM * (1 if VALUES_8 else 2)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    # One thread stores the scales of a tile and then tells that they are there.
+    PARTS: gl.constexpr = gl.BlockedLayout([SPLIT], [32], [1], [0])
     n = 0
     turn = 0
     tile = gl.program_id(0)
@@ -91,7 +93,7 @@ def _load_tiles(
                 following = gl.atomic_add(counter, 1) + gl.num_programs(0)
             if i < steps:
                 stage = n % STAGES
-                part_of = gl.arange(0, SPLIT, ONE)
+                part_of = gl.arange(0, SPLIT, PARTS)
                 factor = gl.load(scales + gl.load(listed + _entry(i, part_of, count, SPLIT)))
                 mbarrier.wait(k_empty.index(stage), ((n // STAGES) & 1) ^ 1)
                 scale_smem.index(stage).store(factor)
