@@ -38,6 +38,8 @@ LARGEST = 448.0
 SAMPLES = 4096
 # The largest weight is the largest power of two in e4m3.
 WEIGHT_BITS = 8
+# Groups below it become 0: their scale would be no normal number in fp32.
+SMALLEST = 1e-30
 # Keys of one scale where there is no mask.
 KEY_BLOCK = 128
 
@@ -53,8 +55,8 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 
 def scales(largest: Tensor) -> Tensor:
-    """Scales of groups whose largest magnitudes are ``largest``; 1 where these are 0."""
-    return torch.where(largest == 0, 1.0, largest / LARGEST)
+    """Scales of groups whose largest magnitudes are ``largest``; 1 where these are next to 0."""
+    return torch.where(largest < SMALLEST, 1.0, largest / LARGEST)
 
 
 def key_shift(k: Tensor, key_valid: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ def _finite(x):
 @triton.jit
 def _positive(largest):
     """The scale of a group whose largest magnitude is ``largest``."""
-    return tl.where(largest == 0.0, 1.0, largest / 448.0)
+    return tl.where(largest < 1e-30, 1.0, largest / 448.0)
 
 
 @triton.jit

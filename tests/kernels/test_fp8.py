@@ -135,6 +135,19 @@ def test_what_products_see_is_e4m3() -> None:
     assert torch.equal(fp8.round_weights(torch.tensor([0.0, 1.0])), torch.tensor([0.0, 1.0]))
 
 
+def test_rows_and_blocks_of_next_to_nothing(device: str, rounding: None) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, v = (torch.randn(1, n, 2, 32, generator=rng).to(device, HALF) for n in (64, 128))
+    k, v = torch.zeros_like(v), v + 1
+    q[:, :9], v[..., 3] = 0.0, 0.0
+    mask = BlockMask.full(64, (64, 128), torch.device(device))
+    for precision in ops.FP8:
+        found = ops.attention(q, k, v, mask, precision=precision, impl="triton")
+        assert relative(found.out, v.float().mean(1, keepdim=True).expand(q.shape)) < RELATIVE
+        assert not found.out[..., 3].any()
+        torch.testing.assert_close(found.lse, torch.full_like(found.lse, 128.0).log())
+
+
 def test_keys_that_nobody_reads_may_hold_anything() -> None:
     q, k, v = operands(256)
     keep = torch.tensor([[[[True, False]]]])
@@ -155,6 +168,18 @@ def test_kernel(case: check.Case, precision: str, device: str, rounding: None) -
         pytest.skip("; ".join(refusals))
     findings = check.check_fp8(case, HALF, device, precision, "triton")
     assert all(finding.passed for finding in findings), findings
+
+
+@pytest.mark.parametrize("case", CASES[:6])
+def test_emulation_on_the_cpu(case: check.Case) -> None:
+    x = check.build(case, torch.float32, "cpu")
+    options = {"key_valid": x.key_valid, "precision": "fp8_qk"}
+    names: list[str] = []
+    found = ops.attention(x.q, x.k, x.v, x.mask, **options, on_choice=names.append)
+    right = ops.attention(x.q, x.k, x.v, x.mask, **options, impl="reference")
+    assert names == ["cpu fp8_qk"]
+    torch.testing.assert_close(found.out, right.out)
+    torch.testing.assert_close(found.lse, right.lse)
 
 
 @pytest.mark.parametrize("padding", [False, True])
