@@ -26,8 +26,8 @@ class SparseConfig:
         impl: Kernel to use: ``"auto"`` or a name, which then never falls back.
         attention_precision: What products of sparse attention are computed in: ``"model"``, the
             model's dtype; ``"fp8_qk"``, queries and keys in 8 bits; ``"fp8_qkpv"``, weights and
-            values too (:mod:`dit_sparse.kernels.fp8`). Dense steps, dense refreshes, searches and
-            summaries stay in the model's dtype.
+            values too (:mod:`dit_sparse.kernels.fp8`). Dense steps with all that is kept from them,
+            dense refreshes, searches and summaries stay in the model's dtype.
         dense_padding: What dense steps do with padded text. ``"keep"`` passes the model's mask on:
             bit for bit upstream, but scaled_dot_product_attention is slow with a mask and many
             backends refuse one. ``"trim"`` cuts the padding off and passes no mask: equal up to

@@ -234,6 +234,18 @@ class Call:
             part.q = part.q.index_select(1, rows)
         return part
 
+    def in_model_dtype(self) -> Call:
+        """This call with all its products in the model's dtype.
+
+        For what is kept and compared with dense attention: rounding to 8 bits is another in every
+        step, so that a residual would add that of its own step to all later ones.
+        """
+        if self.precision == "model":
+            return self
+        same = self._copy()
+        same.precision = "model"
+        return same
+
     def _copy(self) -> Call:
         # A third of the time that building it from its fields takes, in every call.
         copy = object.__new__(Call)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dit_sparse import enable_sparse_attention
 from dit_sparse.bands import FULL, BandMask
@@ -13,6 +14,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import ops
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.base import Call
+from dit_sparse.methods.residual_values import Residual
 from dit_sparse.processors.checks import check_implementation
 
 SETTINGS = {"sparsity": 0.5, "search": (2, 4)}
@@ -43,6 +45,27 @@ def test_sparse_steps_alone_are_rounded(clip: Any, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(results["fp8_qk"], results["fp8_qkpv"])
     # Until the first sparse step all is as without.
     assert torch.equal(dense[0][0], dense[1][0]) and torch.equal(dense[0][0], dense[2][0])
+
+
+@pytest.mark.parametrize("method", ["compensated_delta", "rettention"])
+def test_what_dense_steps_keep_is_not_rounded(
+    clip: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kept = clip(), []
+    original = Residual.between.__func__
+
+    def record(kind: type[Residual], dense: Tensor, sparse: Tensor, *rest: Any, **options: Any):
+        kept[-1].append(sparse.clone())
+        return original(kind, dense, sparse, *rest, **options)
+
+    monkeypatch.setattr(Residual, "between", classmethod(record))
+    for precision in ("model", "fp8_qk"):
+        kept.append([])
+        with enable_sparse_attention(run.pipe, method, attention_precision=precision) as sparse:
+            run(steps=6)
+            assert ("cpu fp8_qk" in sparse.report().kernels) == (precision == "fp8_qk")
+    # Those of the first dense step are computed from what nothing was rounded for.
+    assert kept[0] and torch.equal(kept[0][0], kept[1][0])
 
 
 @pytest.mark.parametrize("precision", ops.FP8)
