@@ -130,13 +130,13 @@ def _device(arch: int) -> Iterator[None]:
         # Lists are made by the kernel on CPU tensors too.
         stack.enter_context(patch(triton_mask, "INTERPRETED", True))
         with contextlib.suppress(ImportError):  # a triton without Gluon
-            from dit_sparse.kernels.gluon import attention as hopper
-            from dit_sparse.kernels.gluon import block_mass as hopper_mass
+            from dit_sparse.kernels.gluon import attention, attention_fp8, block_mass
 
             # The numeric tests need the GPU.
-            stack.enter_context(patch(hopper, "probe_reasons", lambda *call: []))
-            stack.enter_context(patch(hopper_mass, "mass_reasons", lambda *call: []))
-            stack.enter_context(patch(hopper, "_multiprocessors", lambda device: 132))
+            tests = {attention: "probe_reasons", attention_fp8: "probe_reasons"}
+            for hopper, name in {**tests, block_mass: "mass_reasons"}.items():
+                stack.enter_context(patch(hopper, name, lambda *call: []))
+                stack.enter_context(patch(hopper, "multiprocessors", lambda device: 132))
         stack.enter_context(patch(driver, "_active", _Driver(arch)))
         yield
 

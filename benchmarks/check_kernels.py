@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dit_sparse.kernels import flash3_attention as flash3
 from dit_sparse.kernels import flash4_attention as flash4
-from dit_sparse.kernels import ops
+from dit_sparse.kernels import ops, triton_fp8
+from dit_sparse.kernels.reference_fp8 import ReferenceFp8
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.kernels.triton_block_mass import Path
 from dit_sparse.kernels.triton_block_mass import hopper_reasons as hopper_mass_reasons
@@ -259,6 +260,41 @@ def _exact(x: Operands) -> ops.Attended:
     return ops.attention(q, k, v, x.mask, key_valid=x.key_valid, impl="reference")
 
 
+def check_fp8(case: Case, dtype: torch.dtype, device: str, precision: str, path: str) -> list:
+    """Errors of attention in 8 bits, beside those of its emulation.
+
+    Args:
+        case: What to compute.
+        dtype: Dtype of the inputs, 16 bits.
+        device: Where.
+        precision: One of :data:`dit_sparse.kernels.ops.FP8`.
+        path: ``"triton"``, or ``"hopper"`` for the kernel in Gluon.
+    """
+    x = build(case, dtype, device)
+    call = ops.AttentionCall(
+        x.q, x.k, x.v, x.mask, x.key_valid, case.dim**-0.5, precision=precision
+    )
+    wide = replace(call, q=x.q.double(), k=x.k.double(), v=x.v.double())
+    truth, rounded = _exact(x), ReferenceFp8()(wide)
+    with poisoned_memory():
+        found = triton_fp8.launch(call) if path == "triton" else triton_fp8.launch_hopper(call)
+        sixteen = ops.attention(x.q, x.k, x.v, x.mask, key_valid=x.key_valid, impl="triton")
+    live = truth.lse.transpose(1, 2).isfinite()
+    rounding = torch.finfo(dtype).eps * float(truth.out.abs().max())
+    # Weights of 16 bits leave the emulation itself; those of 8 are rounded beside another peak.
+    budget = _worst(sixteen.out, truth.out) + rounding
+    target = rounded
+    if precision == "fp8_qkpv":
+        budget, target = _worst(rounded.out, truth.out) + rounding, truth
+    size = float((case.dim**-0.5 * x.q.float().nan_to_num().norm(dim=-1)).max())
+    size *= float(x.k.float().nan_to_num().norm(dim=-1).max())
+    return [
+        Finding("out", _worst(found.out[live], target.out[live]), 2 * budget),
+        Finding("empty rows", _worst(found.out[~live], torch.zeros_like(found.out[~live])), 0.0),
+        Finding("lse", _worst(found.lse, rounded.lse), 4 * torch.finfo(torch.float32).eps * size),
+    ]
+
+
 def _mass_call(case: Case, dtype: torch.dtype, device: str) -> ops.BlockMassCall:
     """Every key that is not padding takes part in block mass, so only those are NaN."""
     x = build(Case(**{**case.__dict__, "block": None}), dtype, device)
@@ -462,6 +498,16 @@ def refusals(path: str, case: Case, dtype: torch.dtype, device: str) -> list[str
     return {"tma": tma_reasons, "hopper": hopper_reasons}[path](call) if path != "pointer" else []
 
 
+def fp8_refusals(
+    path: str, case: Case, dtype: torch.dtype, device: str, precision: str
+) -> list[str]:
+    """Why ``case`` cannot take ``path`` of :func:`check_fp8`; empty if it can."""
+    x = build(case, dtype, device)
+    call = ops.AttentionCall(x.q, x.k, x.v, x.mask, x.key_valid, 1.0, precision=precision)
+    found = triton_fp8.TritonFp8().reasons(call)
+    return found + (triton_fp8.hopper_reasons(call) if path == "hopper" else [])
+
+
 def unsuited(name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
     """Why ``case`` is not for the implementation ``name`` of another project, on any device.
 
@@ -537,6 +583,11 @@ def run(
             attempt(f"attention {path} {label}", check_attention, case, dtype, "cuda", path)
             if case.block is not None:
                 attempt(f"summary {path} {label}", check_summary, case, dtype, "cuda", path)
+        for precision in ops.FP8 if dtype != torch.float32 and case.dim <= 128 else ():
+            for path in ("triton", "hopper"):
+                if not fp8_refusals(path, case, dtype, "cuda", precision):
+                    name = f"attention {precision} {path} {label}"
+                    attempt(name, check_fp8, case, dtype, "cuda", precision, path)
         attempt(f"block_mass {label}", check_block_mass, case, dtype, "cuda")
         if tma and not hopper_mass_reasons(_mass_call(case, dtype, "cuda")):
             attempt(f"block_mass hopper {label}", check_block_mass, case, dtype, "cuda", "hopper")

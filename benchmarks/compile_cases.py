@@ -19,6 +19,7 @@ from dit_sparse.kernels import (
     triton_attention,
     triton_band,
     triton_block_mass,
+    triton_fp8,
     triton_mask,
     triton_merge,
     triton_neighborhood,
@@ -87,6 +88,18 @@ def _attention(dim: int, dtype: torch.dtype, block: Block | None, variant: str) 
     call = ops.AttentionCall(x, x, x, mask, valid, 0.1, summary)
     if not triton_attention.slope_reasons(call):
         triton_attention.TritonAttention()(call)
+
+
+def _attention_fp8(
+    dim: int, dtype: torch.dtype, block: Block | None, precision: str, variant: str
+) -> None:
+    tokens = EVEN if variant == "plain" else RAGGED
+    x = _tensor(tokens, dim, dtype)
+    mask = None if block is None else _mask(tokens, block)
+    valid = _valid(tokens) if variant == "padded" else None
+    call = ops.AttentionCall(x, x, x, mask, valid, 0.1, precision=precision)
+    if not triton_fp8.capability_reasons(call):
+        triton_fp8.TritonFp8()(call)
 
 
 def _row_lse(dim: int, dtype: torch.dtype, block: Block | None) -> None:
@@ -173,11 +186,18 @@ def cases() -> Iterator[Case]:
     for dim in DIMS:
         for variant in ("plain", "ragged", "padded"):
             yield case("attention", _attention, dim, half, None, variant)
+        for precision in ops.FP8 if dim <= 128 else ():
+            yield case("attention_fp8", _attention_fp8, dim, half, None, precision, "padded")
         for block in BLOCKS:
             for variant in ("plain", "ragged", "padded", "summary"):
                 yield case("attention", _attention, dim, half, block, variant)
             for variant in ("padded", "summary"):
                 yield case("attention", _attention, dim, single, block, variant)
+            for precision in ops.FP8 if dim <= 128 else ():
+                for variant in ("plain", "padded"):
+                    yield case(
+                        "attention_fp8", _attention_fp8, dim, half, block, precision, variant
+                    )
             yield case("block_mass", _block_mass, dim, half, block, "plain")
             for dtype in (half, single):
                 yield case("block_mass", _block_mass, dim, dtype, block, "padded")

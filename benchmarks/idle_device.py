@@ -135,12 +135,15 @@ def idle_device() -> Iterator[Noted]:
         stack.enter_context(patch(layout, "_take", _take))
         with contextlib.suppress(ImportError):  # a triton without Gluon
             from dit_sparse.kernels.gluon import attention as hopper
+            from dit_sparse.kernels.gluon import block_mass
 
             # The numeric test needs the GPU; before triton 3.6, of another interface, it fails.
             old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
             failed = ["has another interface"] if old else []
             stack.enter_context(patch(hopper, "probe_reasons", lambda *call: failed))
-            stack.enter_context(patch(hopper, "_multiprocessors", lambda device: 132))
+            stack.enter_context(patch(block_mass, "mass_reasons", lambda *call: failed))
+            for module in (hopper, block_mass):
+                stack.enter_context(patch(module, "multiprocessors", lambda device: 132))
         from triton.backends.nvidia.driver import CudaDriver
 
         idle = CudaDriver()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.kernels.ops import check_impl
+from dit_sparse.kernels.ops import check_impl, check_precision
 from dit_sparse.methods import Method, method_class
 from dit_sparse.methods.compensated_delta import CompensatedDelta
 
@@ -24,6 +24,10 @@ class SparseConfig:
         method: A :class:`~dit_sparse.methods.base.Method`.
         dense_layers: Self-attention layers, by index in execution order, that stay dense.
         impl: Kernel to use: ``"auto"`` or a name, which then never falls back.
+        attention_precision: What products of sparse attention are computed in: ``"model"``, the
+            model's dtype; ``"fp8_qk"``, queries and keys in 8 bits; ``"fp8_qkpv"``, weights and
+            values too (:mod:`dit_sparse.kernels.fp8`). Dense steps with all that is kept from them,
+            dense refreshes, searches and summaries stay in the model's dtype.
         dense_padding: What dense steps do with padded text. ``"keep"`` passes the model's mask on:
             bit for bit upstream, but scaled_dot_product_attention is slow with a mask and many
             backends refuse one. ``"trim"`` cuts the padding off and passes no mask: equal up to
@@ -33,8 +37,8 @@ class SparseConfig:
             processors, or a step cache that caches nothing or mixes passes up.
 
     Raises:
-        ValueError: On an unknown ``impl`` or ``dense_padding``, a layer index that is not an
-            int >= 0, or a ``strict`` that is not a bool.
+        ValueError: On an unknown ``impl``, ``attention_precision`` or ``dense_padding``, a layer
+            index that is not an int >= 0, or a ``strict`` that is not a bool.
         Unsupported: If the named ``impl`` needs a package that is not installed.
     """
 
@@ -43,6 +47,7 @@ class SparseConfig:
     impl: str = "auto"
     dense_padding: str = "keep"
     strict: bool = False
+    attention_precision: str = "model"
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -56,6 +61,7 @@ class SparseConfig:
             raise ValueError(f"dense_padding must be 'keep' or 'trim', got {self.dense_padding!r}")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict must be True or False, got {self.strict!r}")
+        check_precision(self.attention_precision)
         check_impl(self.impl)
 
     @classmethod
@@ -81,6 +87,7 @@ class SparseConfig:
             "impl": self.impl,
             "dense_padding": self.dense_padding,
             "strict": self.strict,
+            "attention_precision": self.attention_precision,
         }
 
     @classmethod

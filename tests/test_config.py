@@ -23,7 +23,9 @@ from dit_sparse.processors.processor import SparseProcessor
 def test_json_round_trip_of_every_method(name: str, tmp_path: Path) -> None:
     kind = list_methods()[name]
     for method in (kind(), kind.exact()):
-        config = SparseConfig(method, dense_layers=(0, 7), impl="reference")
+        config = SparseConfig(
+            method, dense_layers=(0, 7), impl="reference", attention_precision="fp8_qkpv"
+        )
         config.save(tmp_path / "config.json")
         loaded = SparseConfig.load(tmp_path / "config.json")
         assert loaded == config
@@ -51,6 +53,7 @@ def test_saved_form_is_versioned_and_readable(tmp_path: Path) -> None:
         "impl": "auto",
         "dense_padding": "keep",
         "strict": False,
+        "attention_precision": "model",
     }
 
 
@@ -76,6 +79,10 @@ def good() -> dict[str, Any]:
         ({"method": {"name": "adaspo"}}, ["'adaspo'", "Did you mean 'adaspa'", *list_methods()]),
         ({"method": {}}, ["method must be one of", *list_methods()]),
         ({"method": "adaspa"}, ["'method'", "{'name': ...}"]),
+        (
+            {"attention_precision": "int8"},
+            ["attention_precision must be one of", "'fp8_qk'", "'int8'"],
+        ),
         ({"dense_padding": "drop"}, ["dense_padding must be 'keep' or 'trim'", "'drop'"]),
         ({"impl": "cuda"}, ["impl must be 'auto' or one of", "reference", "cpu", "'cuda'"]),
         ({"dense_layers": [-1]}, ["dense_layers must be ints >= 0", "-1"]),

@@ -45,6 +45,12 @@ T = TypeVar("T")
 OPTIONAL_PACKAGES = frozenset({"triton"})
 
 
+# What the products of attention are computed in: the operands' dtype, 8 bits for queries and keys,
+# or for weights and values too (:mod:`~dit_sparse.kernels.fp8`).
+FP8 = ("fp8_qk", "fp8_qkpv")
+PRECISIONS = ("model", *FP8)
+
+
 class Unsupported(NotImplementedError):
     """No implementation, or not the named one, can compute this call."""
 
@@ -83,6 +89,7 @@ class AttentionCall:
     key_valid: Tensor | None
     scale: float
     summary: BlockSummary | None = None
+    precision: str = "model"
     kept: dict[str, Any] | None = field(default=None, init=False)
 
     def keep(self, name: str, find: Callable[[AttentionCall], T]) -> T:
@@ -219,6 +226,7 @@ class Impl(abc.ABC):
         rank: Preference of ``impl="auto"`` where nothing was measured; higher wins.
         summaries: Whether an attention implementation adds ``call.summary`` itself. If not, it is
             given calls without one and :func:`~dit_sparse.kernels.summary.add_skipped` follows.
+        precisions: Of :data:`PRECISIONS`, what an attention implementation computes.
         packages: Names of the distributions any of which it needs; empty if none.
         partner: Who computes the operations that it does not have, where it is named.
     """
@@ -227,6 +235,7 @@ class Impl(abc.ABC):
     name: ClassVar[str]
     rank: ClassVar[int]
     summaries: ClassVar[bool] = False
+    precisions: ClassVar[tuple[str, ...]] = ("model",)
     packages: ClassVar[tuple[str, ...]] = ()
     partner: ClassVar[str | None] = None
 
@@ -377,7 +386,7 @@ def _device_class(index: int) -> str:
 
 def _measured_query(op: str, call: AnyCall) -> Query | None:
     """What the table of the device is asked; None where nothing is measured."""
-    if not isinstance(call, AttentionCall) or not call.q.is_cuda:
+    if not isinstance(call, AttentionCall) or not call.q.is_cuda or call.precision != "model":
         return None
     mask, tokens = call.mask, (call.q.shape[1] * call.k.shape[1]) ** 0.5
     density, block = 1.0, None
@@ -408,6 +417,43 @@ def _candidates(op: str, call: AnyCall) -> list[tuple[Impl, str]]:
     ]
 
 
+def _precision(call: AnyCall) -> str:
+    return call.precision if isinstance(call, AttentionCall) else "model"
+
+
+def _label(candidate: Impl, call: AnyCall) -> str:
+    """What reports call ``candidate`` where it computes ``call``, e.g. ``"triton fp8_qk"``."""
+    precision = _precision(call)
+    return candidate.name if precision == "model" else f"{candidate.name} {precision}"
+
+
+def _precision_reasons(candidate: Impl, call: AnyCall) -> list[str]:
+    precision = _precision(call)
+    if precision in candidate.precisions:
+        return []
+    return [f"computes in precision {' or '.join(candidate.precisions)}, not {precision}"]
+
+
+def check_model_precision(op: str, precision: str) -> None:
+    """Refuses ``op``, which has no form in 8 bits, unless ``precision`` is ``"model"``.
+
+    Raises:
+        ValueError, Unsupported: On an unknown, or another precision.
+    """
+    check_precision(precision)
+    if precision != "model":
+        raise Unsupported(
+            f"{op} is computed in the model's dtype only, got attention_precision={precision!r}; "
+            "leave it at 'model', or choose a method whose masks are lists of blocks"
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"attention_precision must be one of {PRECISIONS}, got {precision!r}")
+
+
 def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
     """The implementation that computes ``call``.
 
@@ -425,9 +471,9 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
         why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
         candidates = [(i, why) for i in implementations(op) if i.name == wanted]
     for candidate, why in candidates:
-        reasons = candidate.reasons(call)
+        reasons = _precision_reasons(candidate, call) or candidate.reasons(call)
         if not reasons:
-            _chosen.setdefault(candidate.name, {})[f"{op} {why}"] = None
+            _chosen.setdefault(_label(candidate, call), {})[f"{op} {why}"] = None
             _log_choice(op, candidate.name, operand.device.type, operand.dtype, why)
             return candidate
         refusals += [f"{candidate.name}: {reason}" for reason in reasons]
@@ -449,6 +495,7 @@ def attention(
     summary: BlockSummary | None = None,
     key_valid: Tensor | None = None,
     scale: float | None = None,
+    precision: str = "model",
     impl: str = "auto",
     on_choice: OnChoice | None = None,
 ) -> Attended:
@@ -468,8 +515,12 @@ def attention(
         key_valid: Keys that exist (not padding), ``[batch, kv_len]`` bool; ``None`` means all.
             Keys and values of padding may hold anything, NaN included.
         scale: Factor on the scores; ``dim ** -0.5`` if None.
+        precision: ``"model"``, the dtype of the operands; ``"fp8_qk"``, queries and keys in 8 bits;
+            ``"fp8_qkpv"``, weights and values too. See :mod:`~dit_sparse.kernels.fp8` for what is
+            rounded and how. Summaries, output and log-sum-exp are as without it.
         impl: ``"auto"`` or the name of an implementation, which then never falls back.
-        on_choice: Told the name of the implementation that computes it.
+        on_choice: Told the name of the implementation that computes it, with the precision where
+            that is not the model's, e.g. ``"triton fp8_qk"``.
 
     Returns:
         ``Attended(out, lse, lse_kept)``; a query that has no key gives out 0 and lse ``-inf``.
@@ -482,21 +533,22 @@ def attention(
     if has_signature(q):
         key = (
             "attention", impl, scale, of_tensor(q), of_tensor(k), of_tensor(v), of_mask(mask),
-            of_summary(summary), of_tensor(key_valid),
+            of_summary(summary), of_tensor(key_valid), precision,
         )  # fmt: skip
     known = settled(key)
     if known is None:
         _check_operands(q, k, v, key_valid)
         _check_mask(mask, q, k)
+        check_precision(precision)
         if summary is not None:
             _check_summary(summary, mask, k)
-    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary)
+    call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary, precision)
     if known is None:
         known = settle(key, select("attention", call, impl))
     object.__setattr__(call, "kept", known.kept)
     chosen: Impl = known.impl
     if on_choice is not None:
-        on_choice(chosen.name)
+        on_choice(_label(chosen, call))
     if summary is None or mask is None or chosen.summaries:
         return chosen(call)
     kept = chosen(replace(call, summary=None))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.ops import Attended, AttentionCall, attention
+from dit_sparse.kernels.reference_fp8 import ReferenceFp8
 from dit_sparse.mask import BlockMask, block_count
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ShapeClass:
         block: Tokens in a (query, key) block of the mask; None for dense attention.
         shared: Whether one mask serves all batch elements, and all heads, of several.
         padded: Whether some keys do not exist.
+        precision: Of the products.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class ShapeClass:
     block: tuple[int, int] | None
     shared: tuple[bool, bool] = (False, False)
     padded: bool = False
+    precision: str = "model"
 
     @classmethod
     def of(cls, call: AttentionCall) -> ShapeClass:
@@ -54,7 +57,8 @@ class ShapeClass:
         if mask is not None:
             block = mask.block
             shared = (q.shape[0] > mask.shape[0], q.shape[2] > mask.shape[1])
-        return cls(q.device, q.dtype, q.shape[-1], block, shared, call.key_valid is not None)
+        padded = call.key_valid is not None
+        return cls(q.device, q.dtype, q.shape[-1], block, shared, padded, call.precision)
 
     def example(self) -> AttentionCall:
         """A small call of this class, always the same one."""
@@ -82,7 +86,7 @@ class ShapeClass:
             key_valid = key_valid.to(self.device)
             for x in (k, v):
                 x.masked_fill_(~key_valid[..., None, None], float("nan"))
-        return AttentionCall(q, k, v, mask, key_valid, self.dim**-0.5)
+        return AttentionCall(q, k, v, mask, key_valid, self.dim**-0.5, precision=self.precision)
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +135,8 @@ def disagreement(run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> 
     """How ``run`` differs from the fp64 reference on the example of ``kind``; None if it does not.
 
     No tolerance is set by hand: an error may be twice that of torch's own attention in the same
-    dtype plus one rounding of the largest value. Waits for the device.
+    dtype, in 8 bits that of the reference, plus one rounding of the largest value. Waits for the
+    device.
     """
     call = kind.example()
     assert call.v is not None
@@ -150,6 +155,9 @@ def disagreement(run: Callable[[AttentionCall], Attended], kind: ShapeClass) -> 
     size = float((call.scale * (q.float().abs() @ k.float().abs().mT)).max())
     peer_lse = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
 
+    if kind.precision != "model":
+        rounded = ReferenceFp8()(replace(call, q=wide[0], k=wide[1], v=wide[2]))
+        peer, peer_lse = rounded.out.transpose(1, 2), rounded.lse
     exact, mine = truth.out.transpose(1, 2), found.out.transpose(1, 2)
     rounding = torch.finfo(call.q.dtype).eps * float(exact.abs().max())
     errors = {

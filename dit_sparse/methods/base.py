@@ -138,6 +138,8 @@ class Call:
         notes: Lines for the report, by topic; a later one replaces an earlier one of its topic.
         model: Which model this is, or None where nothing tells.
         share: Which heads these are, where others are on other devices; None where all are here.
+        precision: What :meth:`attention` under a mask computes its products in, see
+            :func:`dit_sparse.kernels.ops.attention`.
         models_waiting: How many other models of the pipeline have their turn later in this
             generation, as the second expert of Wan 2.2 has; they need memory too.
     """
@@ -160,6 +162,7 @@ class Call:
     model: ModelIdentity | None = None
     share: HeadShare | None = None
     models_waiting: Callable[[], int] = int
+    precision: str = "model"
     # What happened, for the report.
     phase: Phase = Phase.DENSE
     head_density: Tensor | None = None
@@ -231,6 +234,18 @@ class Call:
             part.q = part.q.index_select(1, rows)
         return part
 
+    def in_model_dtype(self) -> Call:
+        """This call with all its products in the model's dtype.
+
+        For what is kept and compared with dense attention: rounding to 8 bits is another in every
+        step, so that a residual would add that of its own step to all later ones.
+        """
+        if self.precision == "model":
+            return self
+        same = self._copy()
+        same.precision = "model"
+        return same
+
     def _copy(self) -> Call:
         # A third of the time that building it from its fields takes, in every call.
         copy = object.__new__(Call)
@@ -253,7 +268,10 @@ class Call:
     def attention(
         self, mask: BlockMask | PackedMask | None = None, summary: BlockSummary | None = None
     ) -> Attended:
-        """:func:`dit_sparse.kernels.ops.attention` on this call's tensors."""
+        """:func:`dit_sparse.kernels.ops.attention` on this call's tensors.
+
+        Without a mask it is dense attention, which is computed in the model's dtype.
+        """
         return ops.attention(
             self.q,
             self.k,
@@ -262,6 +280,7 @@ class Call:
             summary=summary,
             key_valid=self.key_valid,
             scale=self.scale,
+            precision="model" if mask is None else self.precision,
             impl=self.impl,
             on_choice=None if mask is None else self.kernels.append,
         )
@@ -270,6 +289,7 @@ class Call:
         self, mask: NeighborhoodMask, summary: BlockSummary | None = None
     ) -> Attended:
         """:func:`dit_sparse.kernels.ops.neighborhood_attention` on this call's tensors."""
+        ops.check_model_precision("neighborhood attention", self.precision)
         return ops.neighborhood_attention(
             self.q,
             self.k,
@@ -284,6 +304,7 @@ class Call:
 
     def banded_attention(self, bands: BandMask) -> Attended:
         """:func:`dit_sparse.kernels.ops.banded_attention` on this call's tensors."""
+        ops.check_model_precision("banded attention", self.precision)
         return ops.banded_attention(
             self.q,
             self.k,

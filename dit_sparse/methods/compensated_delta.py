@@ -26,7 +26,7 @@ kept instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -178,7 +178,8 @@ class CompensatedDelta(ResidualMethod):
             dense = call.dense_with_lse()
             stop = call.search_watch.start(call.q.device)
             in_order = dense if order is None else _reordered(dense, order)
-            self._refresh(moved, part, in_order, delta)
+            exact = moved.in_model_dtype()
+            self._refresh(exact, replace(part, call=exact), in_order, delta)
             stop()
             call.record(Phase.SEARCH)
             return dense.out

@@ -181,6 +181,7 @@ def attend_side(call: Call, parts: Sequence[Part]) -> Attended:
             part.mask,
             key_valid=valid,
             scale=call.scale,
+            precision=call.precision,
             impl=call.impl,
             on_choice=call.kernels.append,
         )

@@ -129,7 +129,7 @@ class Rettention(ResidualMethod):
         moved = call.ordered(order)
         mask = self._select(moved, dense.lse if order is None else order.apply(dense.lse, dim=2))
         if self.correct:
-            sparse = moved.attention(mask)
+            sparse = moved.in_model_dtype().attention(mask)
             out, lse = sparse.out, sparse.lse
             if order is not None:
                 out, lse = order.undo(out), order.undo(lse, dim=2)

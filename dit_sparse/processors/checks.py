@@ -10,7 +10,7 @@ from dit_sparse.bands import FULL, BandMask
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import ops
 from dit_sparse.layout import TokenLayout
-from dit_sparse.mask import BlockMask
+from dit_sparse.mask import BlockMask, block_sides
 from dit_sparse.methods import list_methods
 from dit_sparse.processors.family import Family, family_of, list_families
 from dit_sparse.processors.ulysses import Ulysses, ulysses_of
@@ -97,33 +97,46 @@ def layer_numerics(model: Any, module: Any) -> tuple[int, torch.dtype, torch.dev
 def check_implementation(
     config: SparseConfig, dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuses a named implementation that cannot compute such heads.
+    """Refuses a named implementation, or a precision, that such heads cannot be computed with.
 
     Raises:
         Unsupported: With all of its reasons.
     """
-    if config.impl == "auto":
+    if config.impl == "auto" and config.attention_precision == "model":
         return
     # None where the method decides later.
     block = getattr(config.method, "block", None) or 64
-    q = torch.empty(1, block, 1, dim, dtype=dtype, device=device)
-    lse = torch.empty(1, 1, block, device=device)
-    mask = BlockMask.full(block, block, device)
+    sides = block_sides(block)
+    tokens = max(sides)
+    q = torch.empty(1, tokens, 1, dim, dtype=dtype, device=device)
+    lse = torch.empty(1, 1, tokens, device=device)
+    mask = BlockMask.full(block, tokens, device)
     calls: dict[str, Any] = {
-        "attention": ops.AttentionCall(q=q, k=q, v=q, mask=mask, key_valid=None, scale=1.0),
+        "attention": ops.AttentionCall(
+            q=q,
+            k=q,
+            v=q,
+            mask=mask,
+            key_valid=None,
+            scale=1.0,
+            precision=config.attention_precision,
+        ),
         "banded_attention": ops.BandedCall(
             q=q,
             k=q,
             v=q,
-            bands=BandMask((FULL,), block, TokenLayout((1, 1, block))),
+            bands=BandMask((FULL,), tokens, TokenLayout((1, 1, tokens))),
             key_valid=None,
             scale=1.0,
         ),
         "row_lse": ops.AttentionCall(q=q, k=q, v=None, mask=None, key_valid=None, scale=1.0),
-        "block_mass": ops.BlockMassCall(
-            q=q, k=q, lse=lse, block=(block, block), key_valid=None, scale=1.0
-        ),
+        "block_mass": ops.BlockMassCall(q=q, k=q, lse=lse, block=sides, key_valid=None, scale=1.0),
     }
     for op, call in calls.items():
-        if any(impl.name == config.impl for impl in ops.implementations(op)):
+        if config.impl == "auto":
+            # Something computes anything, but not in any precision.
+            asked = op == "attention"
+        else:
+            asked = any(impl.name == config.impl for impl in ops.implementations(op))
+        if asked:
             ops.select(op, call, config.impl)

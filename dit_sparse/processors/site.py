@@ -129,6 +129,7 @@ class Site:
             model=binding.identity,
             share=None if exchange is None else exchange.share(),
             models_waiting=binding.models_waiting,
+            precision=binding.config.attention_precision,
         )
         stop = run.attention_watch.start(q.device)
         out = operands.leave(binding.attend(call))

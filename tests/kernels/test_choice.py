@@ -154,7 +154,12 @@ def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Monke
 
 
 def fake(name: str, rank: int, reasons: list[str]) -> SimpleNamespace:
-    return SimpleNamespace(name=name, priority=lambda call: rank, reasons=lambda call: reasons)
+    return SimpleNamespace(
+        name=name,
+        precisions=("model",),
+        priority=lambda call: rank,
+        reasons=lambda call: reasons,
+    )
 
 
 @pytest.fixture

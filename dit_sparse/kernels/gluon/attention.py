@@ -16,7 +16,6 @@ ping-pong between the two groups.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,45 +29,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_sparse.kernels.gluon.boxes import (
+    box_reasons,
+    head_boxes,
+    load_box,
+    multiprocessors,
+    store_box,
+)
+from dit_sparse.kernels.gluon.tiles import (
+    EDGE,
+    TILE_K,
+    TILE_Q,
+    clear_values,
+    entry,
+    keep_columns,
+    locate,
+    next_tile,
+)
 from dit_sparse.kernels.ops import Attended, AttentionCall
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.kernels.triton_common import LOG2_E, as_float, last_contiguous
 from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
 from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
 from dit_sparse.kernels.triton_padding import validity
-
-TILE_Q = 128
-TILE_K = 128
-# Query tiles at either end of a sequence that are computed before all others.
-EDGE = 4
-# Its name before triton 3.9; there the old one still exists, and raises.
-_load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _entry(i, part, count, SPLIT: gl.constexpr):
-    """Place in its list of the key block that is part ``part`` of a row's ``i``-th tile."""
-    # From the end, since only the last blocks may need masking. A list that does not fill its tiles
-    # gives its last entry twice, in the first tile.
-    return count - 1 - gl.maximum(i * SPLIT + part - count % SPLIT, 0)
-
-
-@gluon.jit
-def _locate(tile, total_edge, edge, q_tiles, heads):
-    """(query tile, head, batch element) that is computed as the ``tile``-th."""
-    # Rows at both ends of a sequence may hold text, hence be the longest: they come first, so that
-    # none is left for the end. Then head by head, whose keys stay in the L2 cache.
-    edges = gl.maximum(2 * edge, 1)
-    inner = gl.maximum(q_tiles - 2 * edge, 1)
-    outer = tile % edges
-    outer_row = gl.where(outer < edge, outer, q_tiles - 2 * edge + outer)
-    rest = tile - total_edge
-    is_edge = tile < total_edge
-    row = gl.where(is_edge, outer_row, edge + rest % inner)
-    plane = gl.where(is_edge, tile // edges, rest // inner)
-    return row, plane % heads, plane // heads
 
 
 @gluon.jit
@@ -92,14 +76,14 @@ def _load_tiles(
         mbarrier.wait(tile_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         tile_smem.index(slot).store(gl.full([1], tile, gl.int32, ONE))
         mbarrier.arrive(tile_full.index(slot), count=1)
-        row, head, batch = _locate(tile, total_edge, edge, q_tiles, heads)
+        row, head, batch = locate(tile, total_edge, edge, q_tiles, heads)
         mask_row = batch.to(gl.int64) * mask_batch + head * mask_head + row
         count = gl.load(counts + mask_row)
         listed = indices + mask_row * list_len
         mbarrier.wait(q_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), TILE_Q * DIM * 2)
         for half in gl.static_range(2):
-            _load_box(
+            load_box(
                 q_desc, [batch, head, row * TILE_Q + half * (TILE_Q // 2), 0],
                 q_full.index(slot), q_smem.index(2 * slot + half),
             )  # fmt: skip
@@ -119,14 +103,14 @@ def _load_tiles(
                 mbarrier.expect(k_full.index(stage), K_BYTES)
                 if i < tiles:
                     for part in gl.static_range(SPLIT):
-                        block = gl.load(listed + _entry(i, part, count, SPLIT))
-                        _load_box(
+                        block = gl.load(listed + entry(i, part, count, SPLIT))
+                        load_box(
                             k_desc, [batch, head, block * BLOCK_K, 0], k_full.index(stage),
                             k_smem.index(stage).slice(part * BLOCK_K, BLOCK_K, dim=2),
                         )  # fmt: skip
                 else:
                     if SUMMARY:
-                        _load_box(
+                        load_box(
                             mean_k_desc, [batch, head, (i - tiles) * TILE_K, 0],
                             k_full.index(stage), k_smem.index(stage),
                         )  # fmt: skip
@@ -137,14 +121,14 @@ def _load_tiles(
                 mbarrier.expect(v_full.index(stage), K_BYTES)
                 if i <= tiles:
                     for part in gl.static_range(SPLIT):
-                        block = gl.load(listed + _entry(i - 1, part, count, SPLIT))
-                        _load_box(
+                        block = gl.load(listed + entry(i - 1, part, count, SPLIT))
+                        load_box(
                             v_desc, [batch, head, block * BLOCK_K, 0], v_full.index(stage),
                             v_smem.index(stage).slice(part * BLOCK_K, BLOCK_K, dim=2),
                         )  # fmt: skip
                 else:
                     if SUMMARY:
-                        _load_box(
+                        load_box(
                             mean_v_desc, [batch, head, (i - 1 - tiles) * TILE_K, 0],
                             v_full.index(stage), v_smem.index(stage),
                         )  # fmt: skip
@@ -156,7 +140,7 @@ def _load_tiles(
             mbarrier.wait(v_empty.index(stage), ((n // STAGES) & 1) ^ 1)
             mbarrier.arrive(k_full.index(stage), count=1)
             mbarrier.expect(v_full.index(stage), DIM * DIM * 2)
-            _load_box(
+            load_box(
                 slope_desc, [batch, head, 0, 0], v_full.index(stage),
                 v_smem.index(stage).slice(0, DIM, dim=2),
             )  # fmt: skip
@@ -170,34 +154,20 @@ def _load_tiles(
 
 
 @gluon.jit
-def _next_tile(tile_smem, tile_full, tile_empty, turn):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = turn & 1
-    mbarrier.wait(tile_full.index(slot), (turn >> 1) & 1)
-    tile = gl.max(tile_smem.index(slot).load(ONE), 0)
-    mbarrier.arrive(tile_empty.index(slot), count=1)
-    return tile
+def _count(tile, total, counts, mask_batch, mask_head, total_edge, edge, q_tiles, heads):
+    """Blocks that are listed for a tile; 0 behind the last one."""
+    row, head, batch = locate(tile, total_edge, edge, q_tiles, heads)
+    at = batch.to(gl.int64) * mask_batch + head * mask_head + row
+    return gl.load(counts + at, mask=tile < total, other=0)
 
 
 @gluon.jit
-def _keep_columns(
-    i, first: gl.constexpr, size: gl.constexpr, listed, count, key_valid, kv_len,
-    LAYOUT: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
-    """Which of ``size`` keys from ``first`` on of a row's ``i``-th tile exist, once: bool."""
-    SPLIT: gl.constexpr = TILE_K // BLOCK_K
-    place = first + gl.arange(0, size, LAYOUT)
-    block = gl.load(listed + _entry(i, 0, count, SPLIT))
-    token = block * BLOCK_K + place
-    once = token >= 0
-    if SPLIT > 1:
-        other = gl.load(listed + _entry(i, 1, count, SPLIT))
-        token = gl.where(place < BLOCK_K, token, other * BLOCK_K + place - BLOCK_K)
-        once = (place < BLOCK_K) | (i > 0) | (count % SPLIT == 0)
-    keep = once & (token < kv_len)
-    if key_valid is not None:
-        keep = keep & (gl.load(key_valid + token, mask=keep, other=0) != 0)
-    return keep
+def _has_steps(tile, total, count, columns, SUMMARY: gl.constexpr):
+    """Whether a tile has any keys."""
+    some = count > 0
+    if SUMMARY:
+        some = some | (columns > 0)
+    return (some & (tile < total)).to(gl.int32)
 
 
 @gluon.jit
@@ -211,25 +181,6 @@ def _bias_columns(i, key_count, bits, columns, LAYOUT: gl.constexpr, TILE_K: gl.
     bias = gl.log2(gl.load(key_count + column, mask=inside, other=0.0))
     bias = gl.where(((word >> (column % 32)) & 1) == 0, bias, float("-inf"))
     return gl.convert_layout(bias, LAYOUT)
-
-
-@gluon.jit
-def _clear_values(
-    values, i, listed, count, key_valid, kv_len, DIM: gl.constexpr, TILE_K: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-):  # fmt: skip
-    """Zeroes the values of keys that do not exist: 0 * NaN would be NaN."""
-    VECTOR: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.SliceLayout(1, VECTOR)
-    PART: gl.constexpr = 32
-    for part in gl.static_range(TILE_K // PART):
-        keep = _keep_columns(
-            i, part * PART, PART, listed, count, key_valid, kv_len, ROW, TILE_K, BLOCK_K
-        )
-        rows = values.slice(part * PART, PART, dim=0)
-        loaded = rows.load(VECTOR)
-        rows.store(gl.where(keep[:, None], loaded, gl.zeros_like(loaded)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -249,7 +200,7 @@ def _step(
     values = v_smem.index(before).reshape([TILE_K, DIM])
     if key_valid is not None:
         if dirty:
-            _clear_values(values, i - 1, listed, count, key_valid, kv_len, DIM, TILE_K, BLOCK_K)
+            clear_values(values, i - 1, listed, count, key_valid, kv_len, DIM, TILE_K, BLOCK_K)
     o_token = warpgroup_mma(p, values, acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(s_token,))
     mbarrier.arrive(k_empty.index(stage), count=1)
@@ -284,8 +235,8 @@ def _step(
 @gluon.jit
 def _attend_tiles(
     WHICH: gl.constexpr, q_smem, k_smem, v_smem, tile_smem,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
-    out, lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count, bits,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty, out_desc,
+    lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count, bits,
     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge, columns,
     q_len, kv_len, scale, scale_log2,
     DIM: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -303,15 +254,24 @@ def _attend_tiles(
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     VALID: gl.constexpr = key_valid is not None
     MASKED: gl.constexpr = RAGGED or SPLIT > 1 or VALID
-    dtype: gl.constexpr = out.dtype.element_ty
+    dtype: gl.constexpr = q_smem.dtype
+    nothing = gl.zeros([ROWS, TILE_K], gl.float32, S)
     n = 0
     turn = 0
-    tile = _next_tile(tile_smem, tile_full, tile_empty, turn)
+    tile = next_tile(tile_smem, tile_full, tile_empty, turn)
+    count = _count(tile, total, counts, mask_batch, mask_head, total_edge, edge, q_tiles, heads)
+    has = _has_steps(tile, total, count, columns, SUMMARY)
+    mbarrier.wait(q_full.index(0), 0, pred=tile < total)
+    mbarrier.wait(k_full.index(0), 0, pred=has > 0)
+    queries = q_smem.index(WHICH).reshape([ROWS, DIM])
+    keys = k_smem.index(0).reshape([TILE_K, DIM]).permute((1, 0))
+    s_token = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(s_token,))
+    mbarrier.arrive(k_empty.index(0), count=1, pred=has > 0)
     while tile < total:
-        row, head, batch = _locate(tile, total_edge, edge, q_tiles, heads)
+        row, head, batch = locate(tile, total_edge, edge, q_tiles, heads)
         plane = batch.to(gl.int64) * heads + head
         mask_row = batch.to(gl.int64) * mask_batch + head * mask_head + row
-        count = gl.load(counts + mask_row)
         listed = indices + mask_row * list_len
         tiles = (count + SPLIT - 1) // SPLIT
         steps = tiles
@@ -332,123 +292,139 @@ def _attend_tiles(
             steps = tiles + (columns + TILE_K - 1) // TILE_K
             row_count = key_count + batch.to(gl.int64) * columns
             row_bits = bits + mask_row * ((columns + 31) // 32)
-        acc = gl.zeros([ROWS, DIM], gl.float32, OUT)
-        denom = gl.full([ROWS], 0.0, gl.float32, S_ROW)
-        peak = gl.full([ROWS], NEG_INF, gl.float32, S_ROW)
-        tail = gl.full([ROWS], 0.0, gl.float32, S_ROW)
+        slot = turn & 1
+        queries = q_smem.index(2 * slot + WHICH).reshape([ROWS, DIM])
         first = row * TILE_Q + WHICH * ROWS
         s_rows = first + gl.arange(0, ROWS, S_ROW)
-        slot = turn & 1
-        mbarrier.wait(q_full.index(slot), (turn >> 1) & 1)
-        queries = q_smem.index(2 * slot + WHICH).reshape([ROWS, DIM])
-        if steps > 0:
-            stage = n % STAGES
-            mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
-            keys = k_smem.index(stage).reshape([TILE_K, DIM]).permute((1, 0))
-            nothing = gl.zeros([ROWS, TILE_K], gl.float32, S)
-            scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
+        acc = gl.zeros([ROWS, DIM], gl.float32, OUT)
+        tail = gl.full([ROWS], 0.0, gl.float32, S_ROW)
+        # The scores of the first tile, computed behind the last row's values.
+        if tiles > 0:
             scores = scores * scale_log2
             if MASKED:
-                if tiles > 0:
-                    keep = _keep_columns(
-                        0, 0, TILE_K, listed, count, flags, kv_len, S_COLUMN, TILE_K, BLOCK_K
-                    )
-                    scores = gl.where(keep[None, :], scores, NEG_INF)
+                keep = keep_columns(
+                    0, 0, TILE_K, listed, count, flags, kv_len, S_COLUMN, TILE_K, BLOCK_K
+                )
+                scores = gl.where(keep[None, :], scores, NEG_INF)
+        else:
             if SUMMARY:
-                if tiles == 0:
-                    bias = _bias_columns(0, row_count, row_bits, columns, S_COLUMN, TILE_K)
-                    scores = scores + bias[None, :]
-            peak = gl.max(scores, 1)
-            shift = gl.where(peak == NEG_INF, 0.0, peak)
-            weights = gl.exp2(scores - shift[:, None])
-            denom = gl.sum(weights, 1)
-            p = gl.convert_layout(weights.to(dtype), P)
-            n += 1
-            mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1, pred=steps > 1)
-            if VALID:
-                for i in range(1, gl.minimum(flagged + 1, tiles)):
-                    keep = _keep_columns(
-                        i, 0, TILE_K, listed, count, flags, kv_len, S_COLUMN, TILE_K, BLOCK_K
-                    )
-                    p, acc, peak, denom, tail, n = _step(
-                        queries, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        p, acc, peak, denom, tail, n, i + 1 < steps,
-                        None, keep, i - 1 < flagged, i, listed, count, flags, kv_len, scale_log2,
-                        S, P, OUT_ROW, ROWS, DIM, TILE_K, BLOCK_K, STAGES,
-                    )  # fmt: skip
-            for i in range(gl.maximum(gl.minimum(flagged + 1, tiles), 1), tiles):
+                bias = _bias_columns(0, row_count, row_bits, columns, S_COLUMN, TILE_K)
+                scores = scores * scale_log2 + bias[None, :]
+            else:
+                scores = gl.full([ROWS, TILE_K], NEG_INF, gl.float32, S)
+        peak = gl.max(scores, 1)
+        shift = gl.where(peak == NEG_INF, 0.0, peak)
+        weights = gl.exp2(scores - shift[:, None])
+        denom = gl.sum(weights, 1)
+        p = gl.convert_layout(weights.to(dtype), P)
+        n += (steps > 0).to(gl.int32)
+        # The row before has left shared memory: its place takes other queries.
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(1 - slot), count=1, pred=turn > 0)
+        mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1, pred=steps > 1)
+        if VALID:
+            for i in range(1, gl.minimum(flagged + 1, tiles)):
+                keep = keep_columns(
+                    i, 0, TILE_K, listed, count, flags, kv_len, S_COLUMN, TILE_K, BLOCK_K
+                )
                 p, acc, peak, denom, tail, n = _step(
                     queries, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                     p, acc, peak, denom, tail, n, i + 1 < steps,
-                    None, None, False, i, listed, count, None, kv_len, scale_log2,
+                    None, keep, i - 1 < flagged, i, listed, count, flags, kv_len, scale_log2,
                     S, P, OUT_ROW, ROWS, DIM, TILE_K, BLOCK_K, STAGES,
                 )  # fmt: skip
-            if SUMMARY:
-                kept = gl.where(denom == 0.0, NEG_INF, (peak + gl.log2(denom)) * LN_2)
-                if tiles == 0:
-                    tail = denom
-                    kept = gl.full([ROWS], NEG_INF, gl.float32, S_ROW)
-                gl.store(kept_lse + plane * q_len + s_rows, kept, mask=s_rows < q_len)
-                for i in range(gl.maximum(tiles, 1), steps):
-                    bias = _bias_columns(i - tiles, row_count, row_bits, columns, S_COLUMN, TILE_K)
-                    p, acc, peak, denom, tail, n = _step(
-                        queries, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        p, acc, peak, denom, tail, n, i + 1 < steps,
-                        bias, None, (i - 1 < flagged) & (i <= tiles), i, listed, count, flags,
-                        kv_len, scale_log2,
-                        S, P, OUT_ROW, ROWS, DIM, TILE_K, BLOCK_K, STAGES,
-                    )  # fmt: skip
-            before = (n - 1) % STAGES
-            mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)
-            values = v_smem.index(before).reshape([TILE_K, DIM])
-            if VALID:
-                if (steps == tiles) & (steps - 1 < flagged):
-                    _clear_values(
-                        values, steps - 1, listed, count, flags, kv_len, DIM, TILE_K, BLOCK_K
-                    )
-            o_token = warpgroup_mma(p, values, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(o_token,))
-            mbarrier.arrive(v_empty.index(before), count=1)
+        for i in range(gl.maximum(gl.minimum(flagged + 1, tiles), 1), tiles):
+            p, acc, peak, denom, tail, n = _step(
+                queries, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                p, acc, peak, denom, tail, n, i + 1 < steps,
+                None, None, False, i, listed, count, None, kv_len, scale_log2,
+                S, P, OUT_ROW, ROWS, DIM, TILE_K, BLOCK_K, STAGES,
+            )  # fmt: skip
+        if SUMMARY:
+            kept = gl.where(denom == 0.0, NEG_INF, (peak + gl.log2(denom)) * LN_2)
+            if tiles == 0:
+                tail = denom
+                kept = gl.full([ROWS], NEG_INF, gl.float32, S_ROW)
+            gl.store(kept_lse + plane * q_len + s_rows, kept, mask=s_rows < q_len)
+            for i in range(gl.maximum(tiles, 1), steps):
+                bias = _bias_columns(i - tiles, row_count, row_bits, columns, S_COLUMN, TILE_K)
+                p, acc, peak, denom, tail, n = _step(
+                    queries, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                    p, acc, peak, denom, tail, n, i + 1 < steps,
+                    bias, None, (i - 1 < flagged) & (i <= tiles), i, listed, count, flags,
+                    kv_len, scale_log2,
+                    S, P, OUT_ROW, ROWS, DIM, TILE_K, BLOCK_K, STAGES,
+                )  # fmt: skip
+        # The last values of this row and the first scores of the next one.
+        following = next_tile(tile_smem, tile_full, tile_empty, turn + 1)
+        next_count = _count(
+            following, total, counts, mask_batch, mask_head, total_edge, edge, q_tiles, heads
+        )
+        next_has = _has_steps(following, total, next_count, columns, SUMMARY)
+        last = gl.maximum(n - 1, 0)
+        before = last % STAGES
+        mbarrier.wait(v_full.index(before), (last // STAGES) & 1, pred=steps > 0)
+        values = v_smem.index(before).reshape([TILE_K, DIM])
+        if VALID:
+            if (steps == tiles) & (steps > 0) & (steps - 1 < flagged):
+                clear_values(values, steps - 1, listed, count, flags, kv_len, DIM, TILE_K, BLOCK_K)
         if SLOPE:
-            # acc is not normalised yet: the share of the skipped blocks is tail / denom.
             stage = n % STAGES
             P_ROW: gl.constexpr = gl.SliceLayout(1, P)
             factor = gl.convert_layout(tail * scale, P_ROW)
             weighted = (queries.load(P).to(gl.float32) * factor[:, None]).to(dtype)
             mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)
             mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
+        after = n
+        if SLOPE:
+            after = n + 1
+        next_slot = (turn + 1) & 1
+        mbarrier.wait(q_full.index(next_slot), ((turn + 1) >> 1) & 1, pred=following < total)
+        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=next_has > 0)
+        o_token = warpgroup_mma(p, values, acc, is_async=True)
+        if SLOPE:
+            # acc is not normalised yet: the share of the skipped blocks is tail / denom.
             matrix = v_smem.index(stage).reshape([TILE_K, DIM]).slice(0, DIM, dim=0)
-            o_token = warpgroup_mma(weighted, matrix, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(o_token,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            n += 1
-        mbarrier.arrive(q_empty.index(slot), count=1)
-        turn += 1
+            o_token = warpgroup_mma(weighted, matrix, o_token, is_async=True)
+        next_queries = q_smem.index(2 * next_slot + WHICH).reshape([ROWS, DIM])
+        keys = k_smem.index(after % STAGES).reshape([TILE_K, DIM]).permute((1, 0))
+        s_token = warpgroup_mma(next_queries, keys, nothing, use_acc=False, is_async=True)
         empty = denom == 0.0
         safe = gl.where(empty, 1.0, denom)
         natural = gl.where(empty, NEG_INF, (peak + gl.log2(safe)) * LN_2)
         gl.store(lse + plane * q_len + s_rows, natural, mask=s_rows < q_len)
-        acc = acc * gl.convert_layout(1.0 / safe, OUT_ROW)[:, None]
-        o_rows = first + gl.arange(0, ROWS, OUT_ROW)
-        dims = gl.arange(0, DIM, gl.SliceLayout(0, OUT))
-        o_at = ((batch.to(gl.int64) * q_len + o_rows) * heads + head) * DIM
-        gl.store(out + o_at[:, None] + dims[None, :], acc.to(dtype), mask=(o_rows < q_len)[:, None])
-        tile = _next_tile(tile_smem, tile_full, tile_empty, turn)
+        acc = warpgroup_mma_wait(1, deps=(o_token,))
+        mbarrier.arrive(v_empty.index(before), count=1, pred=steps > 0)
+        if SLOPE:
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+        # Rows that attend to nothing multiplied whatever lay in shared memory.
+        factor = gl.convert_layout(gl.where(empty, 0.0, 1.0 / safe), OUT_ROW)[:, None]
+        acc = gl.where(factor == 0.0, 0.0, acc * factor)
+        # The queries are done with: their place holds the result until it has left.
+        result = q_smem.index(2 * slot + WHICH)
+        result.reshape([ROWS, DIM]).store(acc.to(dtype))
+        fence_async_shared()
+        store_box(out_desc, [batch, head, first, 0], result)
+        scores = warpgroup_mma_wait(0, deps=(s_token,))
+        mbarrier.arrive(k_empty.index(after % STAGES), count=1, pred=next_has > 0)
+        n = after
+        turn += 1
+        tile = following
+        count = next_count
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _attention_kernel(
-    q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc, out, lse, kept_lse,
+    q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc, out_desc, lse, kept_lse,
     counter, counts, indices, key_valid, valid_prefix, key_count, bits,
     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge, columns,
     q_len, kv_len, scale, scale_log2,
     DIM: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, RAGGED: gl.constexpr, SUMMARY: gl.constexpr, SLOPE: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = out.dtype.element_ty
+    dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [4, 1, 1, TILE_Q // 2, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE_K, DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE_K, DIM], v_desc.layout)
@@ -479,7 +455,8 @@ def _attention_kernel(
                 (
                     0, q_smem, k_smem, v_smem, tile_smem,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
-                    out, lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count, bits,
+                    out_desc, lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count,
+                    bits,
                     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge,
                     columns, q_len, kv_len, scale, scale_log2,
                     DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, SUMMARY, SLOPE,
@@ -490,7 +467,8 @@ def _attention_kernel(
                 (
                     1, q_smem, k_smem, v_smem, tile_smem,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
-                    out, lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count, bits,
+                    out_desc, lse, kept_lse, counts, indices, key_valid, valid_prefix, key_count,
+                    bits,
                     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge,
                     columns, q_len, kv_len, scale, scale_log2,
                     DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, SUMMARY, SLOPE,
@@ -530,38 +508,10 @@ def reasons(call: AttentionCall) -> list[str]:
         operands["value_mean"] = call.summary.value_mean
         operands["slope"] = call.summary.rounded
     for name, tensor in operands.items():
-        if tensor is None:
-            continue
-        tensor = last_contiguous(tensor)
-        if tensor.numel() == 0:
-            found.append(f"{name} is empty")
-        steps = [s * tensor.element_size() for s in _strides(tensor)[:-1]]
-        if tensor.data_ptr() % 16 or any(s % 16 or s == 0 for s in steps):
-            found.append(f"{name} is not aligned to 16 bytes, or expanded")
+        if tensor is not None:
+            found += box_reasons(name, tensor)
     # Gluon changes with triton: what a version makes of this file is tested before it is used.
     return found or probe_reasons("triton's kernel for Hopper", launch, call)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """Strides of ``tensor``; where there is one element only, any will do."""
-    return [
-        tensor.shape[-1] if size == 1 and place < tensor.ndim - 1 else step
-        for place, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-    ]
-
-
-def _box_shape(tensor: Tensor, rows: int) -> BoxShape:
-    """TMA boxes of ``rows`` tokens of one head of ``[batch, tokens, heads, dim]``."""
-    view = tensor.transpose(1, 2)
-    kind = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    box = [1, 1, rows, tensor.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(box, kind)
-    return BoxShape(TensorDescriptor, tensor.dtype, list(view.shape), _strides(view), box, layout)
 
 
 def launch(call: AttentionCall) -> Attended:
@@ -594,7 +544,7 @@ def launch(call: AttentionCall) -> Attended:
     plan.launch(
         plan.grid,
         (Boxes(q, plan.operands[0]), Boxes(k, plan.operands[1]), Boxes(v, plan.operands[2]),
-         mean_k, mean_v, slope, out, lse, kept_lse,
+         mean_k, mean_v, slope, Boxes(out, plan.out), lse, kept_lse,
          counter, counts, indices, flags, prefix, key_count, bits),
     )  # fmt: skip
     return Attended(out, lse, kept_lse)
@@ -607,6 +557,7 @@ class _Plan(NamedTuple):
         launch: The kernel with all arguments but tensors.
         grid: Programs.
         operands: How TMA reads queries, keys and values.
+        out: How it writes the result.
         means: How it reads means of keys and of values; empty without a summary.
         slope: How it reads the slope; None without one.
     """
@@ -614,6 +565,7 @@ class _Plan(NamedTuple):
     launch: Launch
     grid: tuple[int]
     operands: tuple[BoxShape, ...]
+    out: BoxShape
     means: tuple[BoxShape, ...]
     slope: BoxShape | None
 
@@ -627,10 +579,10 @@ def _plan(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
     means: tuple[BoxShape, ...] = ()
     slope = None
     if summary is not None:
-        means = tuple(_box_shape(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
+        means = tuple(head_boxes(x, TILE_K) for x in (summary.key_mean, summary.value_mean))
         matrix = summary.slope_as(q.dtype)
         if matrix is not None:
-            slope = _box_shape(matrix.transpose(1, 2), dim)
+            slope = head_boxes(matrix.transpose(1, 2), dim)
     total = mask_rows * batch * heads
     edge = min(EDGE, mask_rows // 2)
     launch = Launch(
@@ -642,5 +594,8 @@ def _plan(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
         SUMMARY=summary is not None, SLOPE=slope is not None,
         num_warps=4,
     )  # fmt: skip
-    operands = _box_shape(q, TILE_Q // 2), _box_shape(k, block), _box_shape(v, block)
-    return _Plan(launch, (min(total, _multiprocessors(q.device)),), operands, means, slope)
+    operands = head_boxes(q, TILE_Q // 2), head_boxes(k, block), head_boxes(v, block)
+    # As the result is laid out: contiguous.
+    out = head_boxes(torch.empty(q.shape, dtype=q.dtype, device="meta"), TILE_Q // 2)
+    grid = (min(total, multiprocessors(q.device)),)
+    return _Plan(launch, grid, operands, out, means, slope)

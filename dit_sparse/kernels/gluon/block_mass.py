@@ -23,8 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_sparse.kernels.gluon import attention as hopper
-from dit_sparse.kernels.gluon.attention import _load_box
+from dit_sparse.kernels.gluon.boxes import box_reasons, head_boxes, load_box, multiprocessors
 from dit_sparse.kernels.ops import BlockMassCall
 from dit_sparse.kernels.probe_mass import mass_reasons
 from dit_sparse.kernels.triton_common import LOG2_E, as_float, last_contiguous
@@ -70,12 +69,12 @@ def _load_tiles(
         mbarrier.expect(q_full.index(buffer), GROUPS * ROWS * DIM * 2)
         for group in gl.static_range(GROUPS):
             at = [batch, head, (row * GROUPS + group) * ROWS, 0]
-            _load_box(q_desc, at, q_full.index(buffer), q_smem.index(buffer * GROUPS + group))
+            load_box(q_desc, at, q_full.index(buffer), q_smem.index(buffer * GROUPS + group))
         for tile in range(first, last):
             stage = n % STAGES
             mbarrier.wait(k_empty.index(stage), ((n // STAGES) & 1) ^ 1)
             mbarrier.expect(k_full.index(stage), TILE_K * DIM * 2)
-            _load_box(
+            load_box(
                 k_desc, [batch, head, tile * TILE_K, 0], k_full.index(stage), k_smem.index(stage)
             )
             n += 1
@@ -319,12 +318,7 @@ def reasons(call: BlockMassCall) -> list[str]:
     if not set(call.block) <= {64, 128}:
         found.append(f"takes blocks of 64 and 128, got {call.block}")
     for name, tensor in (("q", call.q), ("k", call.k)):
-        tensor = last_contiguous(tensor)
-        if tensor.numel() == 0:
-            found.append(f"{name} is empty")
-        steps = [s * tensor.element_size() for s in hopper._strides(tensor)[:-1]]
-        if tensor.data_ptr() % 16 or any(s % 16 or s == 0 for s in steps):
-            found.append(f"{name} is not aligned to 16 bytes, or expanded")
+        found += box_reasons(name, tensor)
     # Gluon changes with triton: what a version makes of this file is tested before it is used.
     return found or mass_reasons(NAME, launch, call)
 
@@ -351,12 +345,12 @@ def launch(call: BlockMassCall) -> Tensor:
     q_tiles, k_tiles = block_count(rows, GROUPS), block_count(kv_len, TILE_K)
     flags, prefix = validity(call.key_valid)
     mass = q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
-    programs, units = hopper._multiprocessors(q.device), q_tiles * batch * heads
+    programs, units = multiprocessors(q.device), q_tiles * batch * heads
     parts = _parts(units, k_tiles, programs)
     total = units * parts
     launch_kernel(
         _block_mass_kernel, (min(total, programs),),
-        (Boxes(q, hopper._box_shape(q, ROWS)), Boxes(k, hopper._box_shape(k, TILE_K)), mass,
+        (Boxes(q, head_boxes(q, ROWS)), Boxes(k, head_boxes(k, TILE_K)), mass,
          as_float(call.lse), flags, prefix),
         (total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, call.scale * LOG2_E),
         DIM=dim, ROWS=ROWS, GROUPS=GROUPS, TILE_K=TILE_K, BLOCK_K=block_k, STAGES=STAGES,
