@@ -107,7 +107,7 @@ def cases() -> Iterator[Case]:
     ) -> Callable[[], object]:
         call = ops.AttentionCall(q, k, v, mask, None, DIM**-0.5, summary)
         # As one that ops.attention makes for a signature that it knows.
-        object.__setattr__(call, "kept", {})
+        call.remember({})
         return lambda: triton_attention.launch(call, path)
 
     yield Case("launch pointer lists", launch("pointer", lists))

@@ -106,7 +106,8 @@ def skipped_part(call: AttentionCall) -> Attended:
         mask.packed_bits(),
     )
     alone = replace(call, mask=empty)
-    return launch(alone, choose_path(alone))
+    alone.remember(call.keep("skipped part", lambda _: {}))
+    return launch(alone, alone.keep("path", choose_path))
 
 
 class FlashAttention4(Impl):

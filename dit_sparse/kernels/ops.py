@@ -92,6 +92,10 @@ class AttentionCall:
     precision: str = "model"
     kept: dict[str, Any] | None = field(default=None, init=False)
 
+    def remember(self, kept: dict[str, Any]) -> None:
+        """Lets this call know, and add to, what is kept for its signature."""
+        object.__setattr__(self, "kept", kept)
+
     def keep(self, name: str, find: Callable[[AttentionCall], T]) -> T:
         """``find(self)``, called once for each signature; it looks at that alone."""
         if self.kept is None:
@@ -545,7 +549,7 @@ def attention(
     call = AttentionCall(q, k, v, mask, key_valid, _scale(q, scale), summary, precision)
     if known is None:
         known = settle(key, select("attention", call, impl))
-    object.__setattr__(call, "kept", known.kept)
+    call.remember(known.kept)
     chosen: Impl = known.impl
     if on_choice is not None:
         on_choice(_label(chosen, call))
@@ -738,7 +742,7 @@ def row_lse(
     call = AttentionCall(q, k, None, mask, key_valid, _scale(q, scale))
     if known is None:
         known = settle(key, select("row_lse", call, impl))
-    object.__setattr__(call, "kept", known.kept)
+    call.remember(known.kept)
     return known.impl(call)
 
 

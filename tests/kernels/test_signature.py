@@ -110,7 +110,7 @@ def test_validation_and_choice_happen_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nothing_is_kept_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = operands()
     call = AttentionCall(q, k, v, None, None, 1.0)
-    object.__setattr__(call, "kept", {})
+    call.remember({})
     answers = itertools.count()
     with monkeypatch.context() as patch:
         for module in (ops, signature):
