@@ -170,6 +170,22 @@ def test_kernel(case: check.Case, precision: str, device: str, rounding: None) -
     assert all(finding.passed for finding in findings), findings
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="tensor cores accumulate with fewer bits")
+@pytest.mark.parametrize("precision", ops.FP8)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_beside_the_emulation(case: check.Case, precision: str, rounding: None) -> None:
+    x = check.build(case, HALF, "cpu")
+    options = {"key_valid": x.key_valid, "precision": precision}
+    found = ops.attention(x.q, x.k, x.v, x.mask, **options, impl="triton")
+    right = ops.attention(
+        x.q.float(), x.k.float(), x.v.float(), x.mask, **options, impl="reference"
+    )
+    torch.testing.assert_close(found.lse, right.lse, atol=1e-4, rtol=0)
+    # Weights are rounded beside a running maximum: those of 8 bits by up to 2**-4 of themselves.
+    allowed = 2 * torch.finfo(HALF).eps if precision == "fp8_qk" else RELATIVE
+    assert relative(found.out, right.out) < allowed
+
+
 @pytest.mark.parametrize("case", CASES[:6])
 def test_emulation_on_the_cpu(case: check.Case) -> None:
     x = check.build(case, torch.float32, "cpu")
