@@ -231,7 +231,9 @@ def launch(call: AttentionCall) -> Attended:
         list_places = list_steps(call.mask)
     flags, prefix = validity(call.key_valid)
     # Fixed rather than tuned at the first call, which would stall a user's first step.
-    tile_q, tile_k = min(128 if dim > 64 else 64, block[0]), min(64, block[1])
+    # Wider ones spill in the loops of consumer Blackwell.
+    widest = 32 if dim > 64 and capability(call.q)[0] == 12 else 64
+    tile_q, tile_k = min(128 if dim > 64 else 64, block[0]), min(widest, block[1])
     launch_kernel(
         _attention_fp8_fwd_kernel, (ceil_div(q_len, tile_q), batch * heads),
         (operands.q, operands.k, v, out, lse, counts, indices, flags, prefix,
@@ -305,8 +307,9 @@ class TritonFp8(Impl):
         return reasons
 
     def __call__(self, call: AttentionCall) -> Attended:
-        alone = replace(call, summary=None)
-        kept = launch(alone) if hopper_reasons(alone) else launch_hopper(alone)
+        # Neither of the two looks at the summary.
+        is_hopper = call.keep("fp8", lambda call: not hopper_reasons(call))
+        kept = launch_hopper(call) if is_hopper else launch(call)
         if call.summary is None or call.mask is None:
             return kept
         whole = merge_into(kept, skipped_part(replace(call, precision="model")))

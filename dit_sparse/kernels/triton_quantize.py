@@ -17,7 +17,6 @@ from dit_sparse.kernels.fp8 import E4M3, SAMPLES, key_block
 from dit_sparse.kernels.ops import AttentionCall
 from dit_sparse.kernels.triton_common import ceil_div, last_contiguous, padded_dim
 from dit_sparse.kernels.triton_launch import launch_kernel
-from dit_sparse.kernels.triton_padding import validity
 from dit_sparse.mask import block_count
 
 # Programs that share the sample of one head.
@@ -273,7 +272,7 @@ def quantize(call: AttentionCall, fragments: bool = False) -> Quantized:
     batch, q_len, heads, dim = q.shape
     kv_len, block = k.shape[1], key_block(call)
     planes, shape = batch * heads, {"DIM": dim, "DIM_PAD": padded_dim(dim)}
-    flags, _ = validity(call.key_valid)
+    flags = None if call.key_valid is None else call.key_valid.contiguous().view(torch.uint8)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(batch, heads, *sizes, dtype=dtype, device=q.device)

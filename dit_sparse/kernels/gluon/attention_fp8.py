@@ -546,17 +546,20 @@ def launch_quantized(
     if early is None:
         # Two accumulators of 128 channels leave no registers for scores that are under way.
         early = not two_levels or dim == 64
-    if operands.v is not None:
-        values = Boxes(operands.v, box_shape(operands.v, [1, 1, dim, block]))
-    else:
-        v = last_contiguous(call.v)
-        values = Boxes(v, head_boxes(v, block))
+    v = last_contiguous(call.v) if operands.v is None else operands.v
+    queries, keys, values = call.keep(
+        "fp8 boxes",
+        lambda call: (
+            box_shape(operands.q, [1, 1, TILE_Q // 2, dim]),
+            box_shape(operands.k, [1, 1, block, dim]),
+            box_shape(v, [1, 1, dim, block]) if values_8 else head_boxes(v, block),
+        ),
+    )
     total = rows * batch * heads
     edge = min(EDGE, rows // 2)
     launch_kernel(
         _attention_fp8_kernel, (min(total, multiprocessors(call.q.device)),),
-        (Boxes(operands.q, box_shape(operands.q, [1, 1, TILE_Q // 2, dim])),
-         Boxes(operands.k, box_shape(operands.k, [1, 1, block, dim])), values, out, lse,
+        (Boxes(operands.q, queries), Boxes(operands.k, keys), Boxes(v, values), out, lse,
          counter, counts, indices, flags, prefix,
          operands.q_scale, operands.k_scale, operands.v_scale, operands.lift),
         (*list_steps(call.mask), rows, heads, total, edge, 2 * edge * batch * heads,
