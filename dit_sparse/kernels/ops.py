@@ -474,7 +474,9 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
         wanted = _responsible(op, impl)
         why = "as named" if wanted == impl else f"for {impl!r}, which has no {op}"
         candidates = [(i, why) for i in implementations(op) if i.name == wanted]
-    for candidate, why in candidates:
+    # Two of one name may have a precision each; the other one's is no reason worth telling.
+    able = [(i, why) for i, why in candidates if not _precision_reasons(i, call)]
+    for candidate, why in able or candidates:
         reasons = _precision_reasons(candidate, call) or candidate.reasons(call)
         if not reasons:
             _chosen.setdefault(_label(candidate, call), {})[f"{op} {why}"] = None

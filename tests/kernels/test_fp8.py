@@ -314,6 +314,12 @@ def test_refusals(small: tuple[Tensor, BlockMask]) -> None:
     wide = torch.ones(1, 64, 2, 256, dtype=torch.float16)
     with pytest.raises(ops.Unsupported, match=r"head dims up to 128, got 256"):
         ops.attention(wide, wide, wide, mask, precision="fp8_qk", impl="triton")
+    # One of the same name for another precision is not spoken of.
+    with pytest.raises(ops.Unsupported) as refused:
+        ops.attention(x.double(), x.double(), x.double(), mask, impl="triton")
+    assert "precision" not in str(refused.value)
+    with pytest.raises(ops.Unsupported, match="cudnn: computes in precision model, not fp8_qk"):
+        ops.attention(x, x, x, mask, precision="fp8_qk", impl="cudnn")
     # The others say so before anything else.
     flash = [i for i in ops.implementations("attention") if i.precisions == ("model",)]
     call = ops.AttentionCall(x, x, x, mask, None, 1.0, precision="fp8_qk")
