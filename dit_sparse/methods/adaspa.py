@@ -7,6 +7,7 @@ is made here and said so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,8 +89,12 @@ class AdaSpa(Method):
     def exact(cls) -> AdaSpa:
         return cls(sparsity=0.0, search=(0,))
 
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.search)
+
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
+        phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()

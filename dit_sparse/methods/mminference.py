@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -139,8 +140,12 @@ class MMInference(Method):
             "strides": list(self.strides),
         }
 
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.search)
+
     def attend(self, call: Call) -> Tensor:
-        phase = Schedule(self.search).phase(call.step, call.memory.get("found"))
+        phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
             return call.dense()

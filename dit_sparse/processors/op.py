@@ -90,6 +90,36 @@ def _(
     return q.new_empty(q.shape)
 
 
+def attend(
+    site: Site,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    sdpa: bool,
+) -> Tensor:
+    """Self-attention of ``site``, through the operator where somebody looks at operators.
+
+    Compilers do, and autograd, profilers and tensors of other kinds. Otherwise its dispatch is left
+    out, a good part of what a small call costs the host. Arguments as there.
+    """
+    scope = site.scope
+    if (
+        torch.compiler.is_compiling()
+        or type(q) is not Tensor
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or torch.autograd._profiler_enabled()
+    ):
+        return self_attention(
+            q, k, v, attn_mask, site.handle, scope.timestep, scope.layout, scope.positions, scale,
+            sdpa,
+        )  # fmt: skip
+    return site.attend(
+        q, k, v, attn_mask, scope.timestep, scope.layout.tolist(), scope.positions, scale, sdpa
+    ).contiguous()
+
+
 NO_GRADIENT = (
     "sparse attention is for inference and has no gradient; take it off the model before training "
     "(remove() of its processor, or disable_sparse_attention), and put it on again afterwards"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dit_sparse.processors.op import self_attention
+from dit_sparse.processors.op import attend
 from dit_sparse.processors.upstream import register_like, skips_scores, upstream_attention
 
 if TYPE_CHECKING:
@@ -95,19 +95,7 @@ def sparse_dispatch(
     if skips_scores():
         processor = site.module.processor
         return upstream_attention(processor, query, key, value, attn_mask, scale, sdpa=False)[0]
-    scope = site.scope
-    return self_attention(
-        query,
-        key,
-        value,
-        attn_mask,
-        site.handle,
-        scope.timestep,
-        scope.layout,
-        scope.positions,
-        scale,
-        False,
-    )
+    return attend(site, query, key, value, attn_mask, scale, sdpa=False)
 
 
 def sparse_sdpa(
@@ -125,20 +113,8 @@ def sparse_sdpa(
     _check_mask_kind(attn_mask)
     if skips_scores():
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
-    scope = site.scope
-    out = self_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask,
-        site.handle,
-        scope.timestep,
-        scope.layout,
-        scope.positions,
-        scale,
-        True,
-    )
-    return out.transpose(1, 2)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return attend(site, q, k, v, attn_mask, scale, sdpa=True).transpose(1, 2)
 
 
 # torch.nn.functional with one function exchanged; what processors call ``F``.

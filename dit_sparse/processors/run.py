@@ -113,6 +113,8 @@ class Run:
         self._forward_context: Any = None
         self._first_value = 0.0
         self._signature: tuple[Any, ...] | None = None
+        self._has_searched = False
+        self._names = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         # A copied model starts its own generations; masks of the original are not its own.
@@ -198,7 +200,8 @@ class Run:
         q: Tensor,
     ) -> Branch:
         # Methods may let go of what they kept before the generation ends.
-        self.measure_memory()
+        if self._has_grown():
+            self.measure_memory()
         fixed = (layout.grid, q.dtype, q.device)
         now = Moment.read(self.context, timestep, timesteps)
         # Passes in which a step cache skipped every layer count as well.
@@ -286,6 +289,8 @@ class Run:
         entry.last_phase = call.phase.value
         entry.kernels[call.kernel] += 1
         entry.search_watch.marks += call.search_watch.marks
+        if call.phase is not Phase.SPARSE:
+            self._has_searched = True
         if call.phase in (Phase.DENSE, Phase.SEARCH):
             self.dense_steps.add(call.step.index)
             return
@@ -296,6 +301,18 @@ class Run:
                 entry.add_sparse_call(call.head_density, call.q.shape[2])
             else:
                 entry.add_sparse_call(density, density.shape[-1])
+
+    def _has_grown(self) -> bool:
+        """Whether more may be held than when this was asked last: looking takes a while.
+
+        Methods add to what they keep where they search, or under a new name.
+        """
+        names = len(self.shared)
+        for branch in self.branches.values():
+            names += sum(map(len, branch.memory.values()))
+        grown = self._has_searched or names != self._names
+        self._has_searched, self._names = False, names
+        return grown
 
     def measure_memory(self) -> None:
         """Notes what is held between two passes, in all and by layer, where it is the most yet."""

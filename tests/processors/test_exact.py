@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from dit_sparse import enable_sparse_attention
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.processors import rewrap
+from dit_sparse.processors.site import Site
 
 # Text-to-video, ragged blocks (3 x 5 x 7 tokens), image conditioning, per-token timesteps.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -115,21 +117,29 @@ def test_every_site_is_called_once_per_forward(
     wan: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Counter[str] = Counter()
-    operator = rewrap.self_attention
+    attend = rewrap.attend
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Any, handle: Tensor, *rest: Any) -> Tensor:
-        seen[names[int(handle)]] += 1
-        return operator(q, k, v, mask, handle, *rest)
+    def spy(site: Site, *operands: Any, **options: Any) -> Tensor:
+        seen[site.name] += 1
+        return attend(site, *operands, **options)
 
     model = wan(num_layers=3, image_dim=16, added_kv_proj_dim=24)
-    sparse = enable_sparse_attention(model, AdaSpa(0.5, search=(0,)))
-    names = {int(site.handle): site.name for site in sparse.bindings[0].sites}
-    monkeypatch.setattr(rewrap, "self_attention", spy)
+    enable_sparse_attention(model, AdaSpa(0.5, search=(0,)))
+    monkeypatch.setattr(rewrap, "attend", spy)
     arguments = inputs(text=512)
     arguments["encoder_hidden_states_image"] = torch.randn(1, 4, 16)
     for number, t in enumerate((900.0, 800.0, 700.0), 1):
         model(**{**arguments, "timestep": torch.tensor([t])})
         assert seen == {f"blocks.{i}.attn1": number for i in range(3)}
+
+
+def test_profilers_see_the_operator(wan: Any, inputs: Any) -> None:
+    model = wan()
+    enable_sparse_attention(model, AdaSpa(0.5, search=(0,)))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model(**inputs(t=900.0))
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["dit_sparse::self_attention"] == len(model.blocks)
 
 
 def test_arguments_may_be_positional(wan: Any, inputs: Any) -> None:
