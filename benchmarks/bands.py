@@ -13,7 +13,6 @@ times mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -29,6 +28,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.check_bands import CASES, LARGE_CASES, correct
+from benchmarks.row_file import write_rows
 from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.triton_attention import Config, choose_path
@@ -288,9 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in shapes:
         rows += compare(shape, device, dtype, options.budget)
         if options.output:  # after every shape, so that an interrupted run leaves its part
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": machine(), "dtype": str(dtype), "rows": [asdict(r) for r in rows]}
-            options.output.write_text(json.dumps(content, indent=1) + "\n")
+            facts = {"machine": machine(), "dtype": str(dtype)}
+            write_rows(options.output, facts, map(asdict, rows))
         if options.tune:
             tune(shape, device, dtype, options.budget)
     return 0

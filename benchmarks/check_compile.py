@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import re
@@ -43,6 +42,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compile_cases import Case, cases
+from benchmarks.row_file import write_rows
 from dit_sparse.kernels import ops, triton_mask
 from dit_sparse.kernels.triton_common import INTERPRETED
 
@@ -273,8 +273,7 @@ def run(archs: list[int], only: str, output: Path | None, jobs: int) -> bool:
             tool: getattr(triton.knobs.nvidia, tool).version
             for tool in ("ptxas", "ptxas_blackwell")
         }
-        content = {"versions": versions, "only": only, "rows": [asdict(row) for row in rows]}
-        output.write_text(json.dumps(content, indent=1) + "\n")
+        write_rows(output, {"versions": versions, "only": only}, map(asdict, rows))
     print(f"{len(rows)} kernels, {sum(bool(row.faults) for row in rows)} wrong")
     return good
 

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
-import json
 import platform
 import statistics
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.idle_device import idle_device
+from benchmarks.row_file import write_rows
 from dit_sparse.kernels import (
     ops,
     residual,
@@ -178,8 +178,7 @@ def main() -> None:
         device = torch.cuda.get_device_name() if real else "none: an empty driver"
         versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
         versions["python"] = platform.python_version()
-        content = {"device": device, "versions": versions, "rows": rows}
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_rows(arguments.output, {"device": device, "versions": versions}, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import check_kernels
 from benchmarks.kernel_table import write_table
+from benchmarks.row_file import write_rows
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.triton_attention import Config, hopper_reasons, launch, tma_reasons
 from dit_sparse.kernels.triton_mask import expand
@@ -473,9 +473,7 @@ def main() -> int:
             print(f"{arguments.budget_s:.0f} s are spent in {shape}; the rest is left out")
             arguments.shapes = ""
         if arguments.output:  # after every shape, so that an interrupted run leaves its part
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": machine(), "rows": [asdict(row) for row in bench.rows]}
-            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+            write_rows(arguments.output, {"machine": machine()}, map(asdict, bench.rows))
     print(f"took {time.perf_counter() - began:.0f} s")
     return 0
 

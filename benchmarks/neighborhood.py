@@ -14,7 +14,6 @@ ideal that perfect kernels could reach.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks import check_neighborhood
 from benchmarks.kernels import Shape, dense_backends, inputs, machine, measure
+from benchmarks.row_file import write_rows
 from dit_sparse.kernels import ops
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.gna import GNA
@@ -150,9 +150,7 @@ def main() -> int:
             )
         torch.cuda.empty_cache()
         if arguments.output:  # after every problem, so that an interrupted run leaves its part
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": machine(), "rows": [asdict(row) for row in rows]}
-            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+            write_rows(arguments.output, {"machine": machine()}, map(asdict, rows))
     return 0
 
 

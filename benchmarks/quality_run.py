@@ -99,7 +99,7 @@ class Bench:
 
     def dense_row(self) -> dict[str, Any]:
         """Makes the dense clips of the usual batch; their row."""
-        if self.setting.repeats:
+        if self.setting.repeats or self.pipe.device.type == "cuda":
             self._clips(0, 1, min(WARMUP_STEPS, self.setting.steps))
         self.dense_seconds = self.time_one()
         clips, self.dense_batch_seconds = [], []
@@ -165,7 +165,8 @@ class Bench:
         worst: WorstClip | None = None
         found, batch_seconds, densities = _Qualities(), [], []
         with switched_on(self.pipe, cache, config) as processor:
-            if setting.repeats and not warm:
+            # On CUDA batches are timed in any case, and must not hold the compiling of kernels.
+            if not warm and (setting.repeats or self.pipe.device.type == "cuda"):
                 self._clips(0, 1, min(WARMUP_STEPS, setting.steps))
             if setting.repeats and batch > 1:
                 row["seconds"] = self.time_one()

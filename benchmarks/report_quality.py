@@ -99,11 +99,20 @@ def section(result: Result) -> str:
         for name in ("driver", "torch", "triton", "diffusers")
         if machine.get(name)
     )
+    alone = ""
+    if dense.seconds is not None:
+        times = len(dense.data["seconds"])
+        alone = f"{dense.seconds:.3f} s a clip alone (median of {times}), "
     parts = [
         f"## {result.title}",
         f"{where} ({versions}), {s['dtype']}, guidance {s['guidance']:g}, {len(s['captions'])} "
-        f"captions, batches of {s['batch']}. Dense: {number(dense.seconds, 3)} s a clip alone "
-        f"(median of {len(dense.data['seconds'])}), {number(dense.batch_seconds, 3)} s in a batch.",
+        f"captions, batches of {s['batch']}. Dense: {alone}{number(dense.batch_seconds, 3)} s a "
+        "clip in a batch.",
+    ]
+    parts += [
+        f"`{row.arm}`: {row.data['remark']}."
+        for row in result.rows.values()
+        if row.data.get("remark")
     ]
     drifts = [
         f"{statistics.median(s['dense_seconds']):.3f} to "
