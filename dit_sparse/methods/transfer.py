@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import psutil
 import torch
@@ -125,10 +125,21 @@ class CudaTransfer(Transfer):
             return _CudaCopy((sources, targets), self.device)
 
 
-@lru_cache(maxsize=16)
+_transfers: list[Transfer] = []
+
+
+@cache
 def transfer_for(device: torch.device) -> Transfer:
     """The transfer between ``device`` and host memory; one for the process."""
-    return CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+    transfer = CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+    _transfers.append(transfer)
+    return transfer
+
+
+def release_host_memory() -> None:
+    """Gives back what no generation uses, and what is kept for the next, since pinning is slow."""
+    for transfer in _transfers:
+        transfer.trim()
 
 
 class HostArena:

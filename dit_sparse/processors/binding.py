@@ -15,6 +15,7 @@ from dit_sparse.config import SparseConfig
 from dit_sparse.layout import TokenLayout
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.transfer import release_host_memory
 from dit_sparse.processors.balance import HeadBalance
 from dit_sparse.processors.caches import CacheCheck
 from dit_sparse.processors.checks import (
@@ -117,6 +118,8 @@ class Binding:
                 _set_processor(site.module, unwrap(site.module.processor))
         self.hooks.remove()
         self.run.end_generation()
+        if not replaced:
+            release_host_memory()
 
     def _attend_by_config(self, call: Call) -> Tensor:
         is_dense = call.layer in self.config.dense_layers

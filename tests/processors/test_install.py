@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 from dit_sparse import SparseProcessor, disable_sparse_attention, enable_sparse_attention
+from dit_sparse.methods.transfer import release_host_memory, transfer_for
 from dit_sparse.processors import one_liner
 from dit_sparse.processors.binding import binding_of
 from dit_sparse.processors.processor import release
@@ -135,6 +136,23 @@ def test_one_processor_on_two_models(wan: Any, inputs: Any) -> None:
     assert [binding.model for binding in sparse.bindings] == [models[1]]
     sparse.remove()
     assert sites(models[0]) == sites(models[1]) == []
+
+
+def test_host_memory_is_kept_between_generations_and_given_back_in_the_end(
+    wan: Any, inputs: Any
+) -> None:
+    transfer = transfer_for(torch.device("cpu"))
+    release_host_memory()
+    options = {"warmup": 1, "refresh": "never", "offload": True, "budget_gb": 0.1}
+    sparse = enable_sparse_attention(wan(), "compensated_delta", **options)
+    model = sparse.bindings[0].model
+    for t in (900.0, 800.0):
+        model(**inputs(t=t))
+    assert sparse.report().cache_bytes > 0
+    sparse.reset()
+    slabs = len(transfer._free)
+    sparse.remove()
+    assert slabs > 0 and len(transfer._free) == 0
 
 
 def test_an_ordinary_processor_afterwards_releases_the_model(wan: Any, inputs: Any) -> None:
