@@ -216,7 +216,8 @@ class Call:
         moved = self._copy()
         moved.q, moved.k, moved.v = ops.reorder(order.perm, self.q, self.k, self.v)
         moved.key_valid = None if self.key_valid is None else order.apply(self.key_valid)
-        moved.layout = TokenLayout(self.layout.grid, self.layout.text)
+        if self.layout.order != "video_text":
+            moved.layout = TokenLayout(self.layout.grid, self.layout.text)
         return moved
 
     def part(self, rows: Tensor | None = None, heads: slice | Tensor | None = None) -> Call:

@@ -284,11 +284,15 @@ class Run:
                 devices, each with some of them.
             owners: Which device has which.
         """
-        entry = self.log.setdefault((call.step.branch, call.layer), LayerLog())
-        entry.phases[call.phase.value] += 1
-        entry.last_phase = call.phase.value
+        key = (call.step.branch, call.layer)
+        entry = self.log.get(key)
+        if entry is None:
+            entry = self.log[key] = LayerLog()
+        phase = entry.last_phase = call.phase.value
+        entry.phases[phase] += 1
         entry.kernels[call.kernel] += 1
-        entry.search_watch.marks += call.search_watch.marks
+        if call.search_watch.marks:
+            entry.search_watch.marks += call.search_watch.marks
         if call.phase is not Phase.SPARSE:
             self._has_searched = True
         if call.phase in (Phase.DENSE, Phase.SEARCH):
