@@ -202,6 +202,10 @@ def cases() -> Iterator[Case]:
             for dtype in (half, single):
                 yield case("block_mass", _block_mass, dim, dtype, block, "padded")
                 yield case("row_lse", _row_lse, dim, dtype, block)
+        # Some of the queries of blocks of 64 and 128.
+        for block in ((16, 64), (32, 64), (32, 128)):
+            for dtype, variant in ((half, "plain"), (half, "padded"), (single, "padded")):
+                yield case("block_mass", _block_mass, dim, dtype, block, variant)
         for dtype in (half, single):
             yield case("row_lse", _row_lse, dim, dtype, None)
             yield case("merge", _merge, dim, dtype)

@@ -20,6 +20,7 @@ from dit_sparse.kernels.ops import BlockMassCall, Impl
 from dit_sparse.kernels.triton_common import (
     INTERPRETED,
     LOG2_E,
+    MASK_BLOCKS,
     RANK,
     as_float,
     capability,
@@ -32,11 +33,15 @@ from dit_sparse.kernels.triton_launch import launch_kernel
 from dit_sparse.kernels.triton_padding import validity
 
 Path = Literal["pointer", "hopper"]
+# Rows of a query block; fewer than masks have where a search looks at some of them only.
+QUERY_BLOCKS = (16, 32, *MASK_BLOCKS)
 
 
 @triton.jit
 def _sum_blocks(
     mass,
+    rows_left,
+    columns,
     q,
     shift,
     k,
@@ -51,12 +56,14 @@ def _sum_blocks(
     TILE_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
-    """Stores the mass of the key blocks ``first..last`` to ``mass``."""
+    """Stores the mass of the key blocks ``first..last`` to ``rows_left`` rows of ``mass``."""
+    segment = tl.arange(0, SEGMENTS)
     tokens = tl.arange(0, TILE_K)
     dims = tl.arange(0, DIM_PAD)
     for block in range(first, last):
-        total = 0.0
+        total = 0.0 if SEGMENTS == 1 else tl.zeros([SEGMENTS], tl.float32)
         for part in range(BLOCK_K // TILE_K):
             start = block * BLOCK_K + part * TILE_K
             k_at = k + start * k_stride + (tokens[:, None] * k_stride + dims[None, :])
@@ -73,8 +80,15 @@ def _sum_blocks(
             weights = tl.exp2(scores * scale_log2 - shift[:, None])
             if MASKED:
                 weights = tl.where(keep[None, :], weights, 0.0)
-            total += tl.sum(tl.sum(weights, 1), 0)
-        tl.store(mass + block, total)
+            if SEGMENTS == 1:
+                total += tl.sum(tl.sum(weights, 1), 0)
+            else:
+                size: tl.constexpr = weights.shape[0] // SEGMENTS
+                total += tl.sum(tl.reshape(tl.sum(weights, 1), [SEGMENTS, size]), 1)
+        if SEGMENTS == 1:
+            tl.store(mass + block, total)
+        else:
+            tl.store(mass + segment * columns + block, total, mask=segment < rows_left)
 
 
 @triton.jit
@@ -82,7 +96,7 @@ def _block_mass_fwd_kernel(
     q,  # [batch, q_len, heads, dim]
     k,  # [batch, kv_len, heads, dim]
     lse,  # [batch, heads, q_len] fp32, contiguous
-    mass,  # [batch, heads, query tiles, kv_blocks] fp32, contiguous
+    mass,  # [batch, heads, rows, kv_blocks] fp32, contiguous
     key_valid,  # [batch, kv_len] uint8, or None
     valid_prefix,  # [batch] int32, or None
     q_batch,
@@ -92,6 +106,7 @@ def _block_mass_fwd_kernel(
     k_token,
     k_head,
     heads,
+    rows_total,  # of mass: query blocks, or tiles where these are smaller
     q_len,
     kv_len,
     scale_log2,
@@ -100,6 +115,7 @@ def _block_mass_fwd_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # query blocks of a tile
     NEEDS_MASK: tl.constexpr,
 ):
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -127,15 +143,17 @@ def _block_mass_fwd_kernel(
     k += batch64 * k_batch + head64 * k_head
     # 64-bit, so that token * stride cannot overflow.
     k_stride = tl.cast(k_token, tl.int64)
-    mass += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile) * columns
+    row = tile * SEGMENTS
+    rows_left = rows_total - row
+    mass += (tl.program_id(1).to(tl.int64) * rows_total + row) * columns
     _sum_blocks(
-        mass, queries, shift, k, key_valid, 0, inside, kv_len, k_stride, scale_log2,
-        DIM, DIM_PAD, TILE_K, BLOCK_K, False,
+        mass, rows_left, columns, queries, shift, k, key_valid, 0, inside, kv_len, k_stride,
+        scale_log2, DIM, DIM_PAD, TILE_K, BLOCK_K, False, SEGMENTS,
     )  # fmt: skip
     if NEEDS_MASK:
         _sum_blocks(
-            mass, queries, shift, k, key_valid, inside, columns, kv_len, k_stride, scale_log2,
-            DIM, DIM_PAD, TILE_K, BLOCK_K, True,
+            mass, rows_left, columns, queries, shift, k, key_valid, inside, columns, kv_len,
+            k_stride, scale_log2, DIM, DIM_PAD, TILE_K, BLOCK_K, True, SEGMENTS,
         )  # fmt: skip
 
 
@@ -163,7 +181,7 @@ def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
     """Runs the kernel.
 
     Args:
-        call: Query and key blocks of 64 or 128.
+        call: One for which ``TritonBlockMass.reasons`` is empty.
         path: ``"pointer"``, or ``"hopper"`` for :mod:`dit_sparse.kernels.gluon.block_mass`, which
             requires ``hopper_reasons(call)`` empty.
 
@@ -176,13 +194,14 @@ def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     # In 16 bit one tile is one block, at dim 256 half of one to fit the shared memory of
-    # consumer cards. fp32 products run on the FMA units with operands in registers: larger
-    # tiles spill.
+    # consumer cards, and of query blocks below 64 as many as make 64 rows: keys then serve more
+    # queries. fp32 products run on the FMA units with operands in registers: larger tiles spill.
     single, wide = q.dtype == torch.float32, padded_dim(dim) == 256
     limit = (16 if wide else 32) if single else (64 if wide else 128)
-    tile_q, tile_k = min(limit, call.block[0]), min(limit, call.block[1])
+    fewest = 16 if single else 64
+    tile_q, tile_k = min(limit, max(fewest, call.block[0])), min(limit, call.block[1])
     rows, columns = ceil_div(q_len, call.block[0]), ceil_div(kv_len, call.block[1])
-    parts = call.block[0] // tile_q
+    parts, segments = max(1, call.block[0] // tile_q), max(1, tile_q // call.block[0])
     # Loads of part of a tile's columns take registers for their masks; Hopper has enough.
     partial = capability(q)[0] != 9 and padded_dim(dim) != dim
     flags, prefix = validity(call.key_valid)
@@ -190,11 +209,12 @@ def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
     if mass.numel() == 0:
         return mass.view(batch, heads, rows, parts, columns).sum(-2)
     launch_kernel(
-        _block_mass_fwd_kernel, (rows * parts, batch * heads),
+        _block_mass_fwd_kernel, (ceil_div(rows * parts, segments), batch * heads),
         (q, k, as_float(call.lse), mass, flags, prefix),
-        (*q.stride()[:3], *k.stride()[:3], heads, q_len, kv_len, call.scale * LOG2_E),
+        (*q.stride()[:3], *k.stride()[:3], heads, rows * parts, q_len, kv_len,
+         call.scale * LOG2_E),
         DIM=dim, DIM_PAD=padded_dim(dim), TILE_Q=tile_q, TILE_K=tile_k,
-        BLOCK_K=call.block[1],
+        BLOCK_K=call.block[1], SEGMENTS=segments,
         NEEDS_MASK=flags is not None or kv_len % call.block[1] != 0,
         # 8 warps keep the 128 x 128 fp32 tile of scores at 64 registers a thread.
         num_warps=8 if single or partial or tile_q * tile_k > 64 * 128 else 4,
@@ -207,7 +227,14 @@ class TritonBlockMass(Impl):
     op, name, rank = "block_mass", "triton", RANK
 
     def reasons(self, call: BlockMassCall) -> list[str]:
-        return refusals(call.q, call.block)
+        found = refusals(call.q, None)
+        rows, columns = call.block
+        if rows not in QUERY_BLOCKS or columns not in MASK_BLOCKS:
+            found.append(
+                f"query blocks must be one of {QUERY_BLOCKS} and key blocks one of {MASK_BLOCKS}, "
+                f"got {call.block}"
+            )
+        return found
 
     def __call__(self, call: BlockMassCall) -> Tensor:
         return launch(call, "pointer" if hopper_reasons(call) else "hopper")

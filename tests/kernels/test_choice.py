@@ -492,7 +492,7 @@ def mass_of_one_group(x: BlockMassCall) -> Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("block", [(64, 64), (128, 64), (128, 128)])
+@pytest.mark.parametrize("block", [(16, 64), (32, 64), (64, 64), (128, 64), (128, 128)])
 def test_a_right_block_mass_passes(block: tuple[int, int], padded: bool) -> None:
     kind = replace(MASS, block=block, padded=padded)
     example = kind.example()

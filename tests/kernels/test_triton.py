@@ -52,6 +52,31 @@ def test_block_mass(case: check.Case, dtype: torch.dtype, device: str) -> None:
     assert_passed(check.check_block_mass(case, dtype, device))
 
 
+def strided() -> list:
+    """Cases of block mass, and of which query row in how many it is."""
+    return [
+        pytest.param(*p.values, stride, id=f"{p.id}-{stride}", marks=p.marks)
+        for p in cases_and_dtypes()
+        for stride in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype", "stride"), strided())
+def test_block_mass_of_some_rows(
+    case: check.Case, dtype: torch.dtype, stride: int, device: str
+) -> None:
+    assert_passed(check.check_block_mass(case, dtype, device, stride=stride))
+
+
+def test_block_mass_refuses_other_blocks(device: str) -> None:
+    q = torch.zeros(1, 64, 1, 16, device=device)
+    for block in ((8, 64), (16, 32), (64, 32)):
+        with pytest.raises(
+            ops.Unsupported, match=r"query blocks must be one of \(16, 32, 64, 128\)"
+        ):
+            ops.block_mass(q, q, torch.zeros(1, 1, 64, device=device), block, impl="triton")
+
+
 def blocked() -> list:
     return [p for p in cases_and_dtypes() if p.values[0].block is not None]
 

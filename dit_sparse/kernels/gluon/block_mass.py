@@ -8,7 +8,8 @@ tensor cores fill one, it computes the exponentials of the other.
 
 A thread adds up what it holds of a tile and puts the sum into shared memory; every ``RING`` tiles
 the group sums these over its threads and stores one number for each key block. Groups write rows of
-their own, 64 queries each; query blocks of 128 are added afterwards.
+their own, 64 queries each; query blocks of 128 are added afterwards. Of query blocks of 32 or 16,
+which searches have that look at some queries only, a group has two or four: each warp holds 16.
 """
 
 from __future__ import annotations
@@ -118,18 +119,23 @@ def _add_up(
 
 @gluon.jit
 def _flush(
-    ring, mass, first, last, columns, writes, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
-    RING: gl.constexpr,
+    ring, mass, first, last, columns, rows_left, SEGMENTS: gl.constexpr, TILE_K: gl.constexpr,
+    BLOCK_K: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Sums the tiles ``first..last`` over threads and stores them to a row of ``mass``."""
+    """Sums the tiles ``first..last`` over threads and stores them to ``SEGMENTS`` rows of ``mass``.
+
+    Of these rows there are ``rows_left``.
+    """
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
-    COUNT: gl.constexpr = RING * SPLIT
+    COUNT: gl.constexpr = RING * SPLIT * SEGMENTS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    found = gl.sum(_reinterpret(ring, gl.float32, [COUNT, 128], FLAT).load(LAYOUT), 1)
-    column = first * SPLIT + gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
-    keep = (column < last * SPLIT) & (column < columns) & writes
-    gl.store(mass + column, found, mask=keep)
+    sums = _reinterpret(ring, gl.float32, [COUNT, 128 // SEGMENTS], FLAT)
+    found = gl.sum(sums.load(LAYOUT), 1)
+    place = gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
+    row, column = place % SEGMENTS, first * SPLIT + place // SEGMENTS
+    keep = (column < last * SPLIT) & (column < columns) & (row < rows_left)
+    gl.store(mass + row * columns + column, found, mask=keep)
 
 
 @gluon.jit
@@ -137,8 +143,9 @@ def _sum_tiles(
     WHICH: gl.constexpr, ring, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
     mass, lse, key_valid, valid_prefix,
     total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, scale_log2,
-    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TILE_K: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr,
+    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, SEGMENTS: gl.constexpr,
+    TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    RAGGED: gl.constexpr,
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -156,8 +163,8 @@ def _sum_tiles(
         # Empty rows and rows past the end contribute exp2(-inf) = 0.
         shift = gl.load(lse_at, mask=at_rows < q_len, other=float("inf"))
         shift = gl.where(shift == float("-inf"), float("inf"), shift * LOG2_E)
-        mass_row = mass + (plane.to(gl.int64) * rows + group_row) * columns
-        writes = group_row < rows
+        mass_row = mass + (plane.to(gl.int64) * rows + group_row * SEGMENTS) * columns
+        rows_left = rows - group_row * SEGMENTS
         pairs = (last - first - 1) // 2
         plain = pairs
         flags = key_valid
@@ -176,15 +183,15 @@ def _sum_tiles(
         for pair in range(0, plain):
             even, n = _pair(
                 even, queries, k_smem, k_full, k_empty, ring, n, pair, first, last, shift,
-                scale_log2, mass_row, columns, writes, False, None, kv_len,
-                S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING,
+                scale_log2, mass_row, columns, rows_left, False, None, kv_len,
+                S, DIM, ROWS, SEGMENTS, TILE_K, BLOCK_K, STAGES, RING,
             )  # fmt: skip
         if VALID:
             for pair in range(plain, pairs):
                 even, n = _pair(
                     even, queries, k_smem, k_full, k_empty, ring, n, pair, first, last, shift,
-                    scale_log2, mass_row, columns, writes, True, flags, kv_len,
-                    S, DIM, ROWS, TILE_K, BLOCK_K, STAGES, RING,
+                    scale_log2, mass_row, columns, rows_left, True, flags, kv_len,
+                    S, DIM, ROWS, SEGMENTS, TILE_K, BLOCK_K, STAGES, RING,
                 )  # fmt: skip
         # One or two tiles are left; two fit the ring, whose size is even.
         tile = first + 2 * pairs
@@ -211,7 +218,7 @@ def _sum_tiles(
             scores, shift, scale_log2, ring.index(start), MASKED, tile, flags, kv_len,
             TILE_K, BLOCK_K,
         )  # fmt: skip
-        _flush(ring, mass_row, begun, last, columns, writes, TILE_K, BLOCK_K, RING)
+        _flush(ring, mass_row, begun, last, columns, rows_left, SEGMENTS, TILE_K, BLOCK_K, RING)
         turn += 1
         unit += gl.num_programs(0)
 
@@ -219,9 +226,9 @@ def _sum_tiles(
 @gluon.jit
 def _pair(
     even, queries, k_smem, k_full, k_empty, ring, n, pair, first, last, shift,
-    scale_log2, mass_row, columns, writes, MASKED: gl.constexpr, key_valid, kv_len,
-    S: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, TILE_K: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    scale_log2, mass_row, columns, rows_left, MASKED: gl.constexpr, key_valid, kv_len,
+    S: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, SEGMENTS: gl.constexpr,
+    TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Two tiles, the first of which is being multiplied; starts the one after them."""
     # Two, because scores that stay in their registers need no move from one turn to the next.
@@ -245,7 +252,10 @@ def _pair(
         TILE_K, BLOCK_K,
     )  # fmt: skip
     if slot + 2 == RING:
-        _flush(ring, mass_row, tile - slot, tile + 2, columns, writes, TILE_K, BLOCK_K, RING)
+        _flush(
+            ring, mass_row, tile - slot, tile + 2, columns, rows_left, SEGMENTS, TILE_K, BLOCK_K,
+            RING,
+        )  # fmt: skip
     return even, n + 2
 
 
@@ -253,8 +263,9 @@ def _pair(
 def _block_mass_kernel(
     q_desc, k_desc, mass, lse, key_valid, valid_prefix,
     total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, scale_log2,
-    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TILE_K: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, RAGGED: gl.constexpr,
+    DIM: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, SEGMENTS: gl.constexpr,
+    TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    RAGGED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
@@ -282,7 +293,7 @@ def _block_mass_kernel(
                     0, ring_0, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
                     mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
                     rows, columns, q_len, kv_len, scale_log2,
-                    DIM, ROWS, GROUPS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
+                    DIM, ROWS, GROUPS, SEGMENTS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
                 ),
             ),
             (
@@ -291,7 +302,7 @@ def _block_mass_kernel(
                     1, ring_1, q_smem, k_smem, q_full, q_empty, k_full, k_empty,
                     mass, lse, key_valid, valid_prefix, total, q_tiles, parts, k_tiles, heads,
                     rows, columns, q_len, kv_len, scale_log2,
-                    DIM, ROWS, GROUPS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
+                    DIM, ROWS, GROUPS, SEGMENTS, TILE_K, BLOCK_K, STAGES, RING, RAGGED,
                 ),
             ),
             (
@@ -315,8 +326,6 @@ def reasons(call: BlockMassCall) -> list[str]:
         found.append(f"takes bfloat16 and float16, got {call.q.dtype}")
     if call.q.shape[-1] not in (64, 128):
         found.append(f"takes head dims 64 and 128, got {call.q.shape[-1]}")
-    if not set(call.block) <= {64, 128}:
-        found.append(f"takes blocks of 64 and 128, got {call.block}")
     for name, tensor in (("q", call.q), ("k", call.k)):
         found += box_reasons(name, tensor)
     # Gluon changes with triton: what a version makes of this file is tested before it is used.
@@ -341,8 +350,9 @@ def launch(call: BlockMassCall) -> Tensor:
     kv_len = k.shape[1]
     block_q, block_k = call.block
     q_blocks, columns = block_count(q_len, block_q), block_count(kv_len, block_k)
-    rows = q_blocks * (block_q // ROWS)
-    q_tiles, k_tiles = block_count(rows, GROUPS), block_count(kv_len, TILE_K)
+    segments, halves = max(1, ROWS // block_q), max(1, block_q // ROWS)
+    rows = q_blocks * halves
+    q_tiles, k_tiles = block_count(rows, GROUPS * segments), block_count(kv_len, TILE_K)
     flags, prefix = validity(call.key_valid)
     mass = q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
     programs, units = multiprocessors(q.device), q_tiles * batch * heads
@@ -353,9 +363,9 @@ def launch(call: BlockMassCall) -> Tensor:
         (Boxes(q, head_boxes(q, ROWS)), Boxes(k, head_boxes(k, TILE_K)), mass,
          as_float(call.lse), flags, prefix),
         (total, q_tiles, parts, k_tiles, heads, rows, columns, q_len, kv_len, call.scale * LOG2_E),
-        DIM=dim, ROWS=ROWS, GROUPS=GROUPS, TILE_K=TILE_K, BLOCK_K=block_k, STAGES=STAGES,
-        RING=RING, RAGGED=kv_len % TILE_K != 0, num_warps=4,
+        DIM=dim, ROWS=ROWS, GROUPS=GROUPS, SEGMENTS=segments, TILE_K=TILE_K, BLOCK_K=block_k,
+        STAGES=STAGES, RING=RING, RAGGED=kv_len % TILE_K != 0, num_warps=4,
     )  # fmt: skip
-    if block_q == ROWS:
+    if halves == 1:
         return mass
-    return mass.view(batch, heads, q_blocks, block_q // ROWS, columns).sum(-2)
+    return mass.view(batch, heads, q_blocks, halves, columns).sum(-2)
