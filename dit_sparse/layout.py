@@ -167,3 +167,28 @@ def tile_ordering_on(
 ) -> Ordering:
     """:meth:`TokenLayout.ordering` on ``device``, kept so that it is uploaded once."""
     return layout.ordering(tile).to(device)
+
+
+@lru_cache(maxsize=64)
+def spread_rows_on(
+    layout: TokenLayout, tile: tuple[int, int, int], stride: int, device: torch.device
+) -> Tensor:
+    """One of every ``stride`` tokens in the order of :meth:`TokenLayout.ordering`, spread evenly.
+
+    Every ``stride``-th token would be of the same columns in all rows of a tile. Of each run of
+    ``stride`` tokens the one is taken whose place is (frame + row) modulo the stride: of two a
+    checkerboard, of four in a tile of 4 x 4 x 4 four in each frame, row and column.
+
+    Args:
+        layout: What the tokens are.
+        tile: Of the order.
+        stride: How many tokens one stands for.
+        device: Where the result is kept.
+
+    Returns:
+        Places in that order, ascending, ``[ceil(tokens / stride)]`` int64.
+    """
+    starts = torch.arange(0, layout.tokens, stride)
+    coords = layout.coords()[layout.ordering(tile).perm[starts]]
+    rows = starts + coords[:, :2].sum(1) % stride
+    return rows.clamp(max=layout.tokens - 1).to(device)

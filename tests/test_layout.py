@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
+from dit_sparse.layout import Ordering, TokenLayout, spread_rows_on, tile_ordering_on
 
 Order = Literal["video_text", "text_video"]
 ORDERS: tuple[Order, ...] = ("video_text", "text_video")
@@ -149,3 +149,26 @@ def test_negative_text_is_refused() -> None:
 def test_impossible_tiles_are_refused(tile: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="tile must be"):
         TokenLayout((2, 2, 2)).ordering(tile)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_spread_rows_share_every_line_of_a_tile(stride: int) -> None:
+    layout, tile = TokenLayout((4, 8, 12), 7, "text_video"), (4, 4, 4)
+    rows = spread_rows_on(layout, tile, stride, torch.device("cpu"))
+    # One of every run, hence the same number in every block.
+    assert torch.equal(rows // stride, torch.arange(-(-layout.tokens // stride)))
+    assert rows.max() < layout.tokens
+    coords = layout.coords()[layout.ordering(tile).perm[rows[rows < layout.video]]]
+    counts = torch.zeros(layout.grid, dtype=torch.int64)
+    counts[tuple(coords.T)] += 1
+    tiles = counts.view(1, 4, 2, 4, 3, 4)
+    for axis in (1, 3, 5):
+        assert (tiles.sum(axis) == 4 // stride).all()
+
+
+def test_spread_rows_of_ragged_grids_are_one_of_every_run() -> None:
+    for grid, tile, text in (((3, 5, 7), (2, 3, 5), 2), ((1, 1, 5), (1, 1, 5), 0)):
+        layout = TokenLayout(grid, text)
+        rows = spread_rows_on(layout, tile, 4, torch.device("cpu"))
+        assert torch.equal(rows // 4, torch.arange(-(-layout.tokens // 4)))
+        assert rows.max() < layout.tokens

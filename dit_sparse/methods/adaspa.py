@@ -19,6 +19,8 @@ from dit_sparse.schedule import Phase, Schedule
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
 # (section 4.3, "head-adaptive").
 EASY_RECALL = 0.8
+# What is left of a block of 64 are the 16 rows that kernels take at least.
+ROW_STRIDES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class AdaSpa(Method):
             None for raster order as in the paper.
         head_adaptive: Whether heads get one of three sparsities by their recall.
         lse_cache: Whether later searches reuse the LSE of the first one.
+        row_stride: Of how many query rows searches look at one: 1, 2 or 4; a pair if the first
+            search and later ones differ. Block mass is that of these rows, which are spread over
+            each query block, see :func:`~dit_sparse.layout.spread_rows_on`. The paper looks at all.
         staleness: Standard deviation of log row mass above which a cached LSE is considered stale
             and is recomputed; a cached LSE that drifted by one constant per query block changes no
             ranking, an uneven drift does. None never recomputes, as in the paper.
@@ -69,6 +74,7 @@ class AdaSpa(Method):
     tile: tuple[int, int, int] | None = (4, 4, 4)
     head_adaptive: bool = True
     lse_cache: bool = True
+    row_stride: int | tuple[int, int] = (1, 4)
     staleness: float | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +87,12 @@ class AdaSpa(Method):
             )
         check_block(self.block)
         check_box("tile", self.tile)
+        strides = self._strides
+        if len(strides) != 2 or any(type(n) is not int or n not in ROW_STRIDES for n in strides):
+            raise ValueError(
+                f"row_stride must be one of {ROW_STRIDES}, or (first, later) of these, got "
+                f"{self.row_stride!r}; row_stride=1 looks at all rows"
+            )
         if self.staleness is not None and not self.staleness > 0:
             raise ValueError(f"staleness must be positive or None, got {self.staleness!r}")
         Schedule(self.search)
@@ -93,6 +105,12 @@ class AdaSpa(Method):
     def _schedule(self) -> Schedule:
         return Schedule(self.search)
 
+    @property
+    def _strides(self) -> tuple[int, int]:
+        """Of how many rows the first search looks at one, and later ones."""
+        stride = self.row_stride
+        return stride if isinstance(stride, tuple) else (stride, stride)
+
     def attend(self, call: Call) -> Tensor:
         phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
@@ -100,39 +118,54 @@ class AdaSpa(Method):
             return call.dense()
         order = call.tile_order(self.tile)
         moved = call.ordered(order)
+        first, later = self._strides
         if phase is Phase.SEARCH:
             # The output of this step is the model's own; it brings the LSE along.
             dense = call.dense_with_lse()
             lse = dense.lse if order is None else order.apply(dense.lse, dim=2)
-            self._search(moved, lse)
+            self._search(moved, first, _at(lse, self._rows(moved, first)))
+            if self.lse_cache:
+                call.memory["lse"] = _at(lse, self._rows(moved, later))
             call.record(phase)
             return dense.out
         if phase is Phase.REFRESH:
-            self._search(moved, call.memory.get("lse"))
+            self._search(moved, later, call.memory.get("lse"))
         mask = call.memory["mask"]
         call.record(phase, mask)
         out = moved.attention(mask).out
         return out if order is None else order.undo(out)
 
-    def _search(self, call: Call, lse: Tensor | None) -> None:
-        """Finds the mask under row normalisers of this step or of an earlier one."""
+    def _rows(self, call: Call, stride: int) -> Tensor | None:
+        """Places of the rows that a search looks at; None for all."""
+        return None if stride == 1 else call.spread_rows(self.tile, stride)
+
+    def _search(self, call: Call, stride: int, lse: Tensor | None) -> None:
+        """Finds the mask by one row of every ``stride``.
+
+        Args:
+            call: Tokens in tile order, text last.
+            stride: Divides the query blocks, so that each has its share of the rows.
+            lse: Normalisers of these rows, of this step in the first search and of an earlier one
+                later; None if they are not kept.
+        """
         stop = call.search_watch.start(call.q.device)
-        cached = lse is not None and call.memory.get("lse") is lse
+        memory = call.memory
+        rows, columns = block_sides(self.block)
+        block = (rows // stride, columns)
+        looking = call.part(self._rows(call, stride))
+        cached = lse is not None and "found" in memory
         if lse is None:
-            lse = call.row_lse()
-        mass = call.block_mass(lse, self.block)
+            lse = looking.row_lse()
+        mass = looking.block_mass(lse, block)
         if cached:
-            drift = row_mass_drift(mass, call.layout.tokens, block_sides(self.block)[0])
-            call.memory["drift"] = drift
+            drift = memory["drift"] = row_mass_drift(mass, looking.q.shape[1], block[0])
             # The one read-back, only where the user asked for the guard, once per refresh.
             if self.staleness is not None:
                 worst = call.heads.all_heads(drift).max()
                 if bool(worst > self.staleness):
-                    lse = call.row_lse()
-                    mass = call.block_mass(lse, self.block)
-        if self.lse_cache:
-            call.memory["lse"] = lse
-        call.memory["mask"], call.memory["found"] = self.select(call, mass), call.step.index
+                    memory["lse"] = looking.row_lse()
+                    mass = looking.block_mass(memory["lse"], block)
+        memory["mask"], memory["found"] = self.select(call, mass), call.step.index
         stop()
 
     def select(self, call: Call, mass: Tensor) -> PackedMask:
@@ -140,7 +173,8 @@ class AdaSpa(Method):
 
         Args:
             call: Tokens in tile order, text last.
-            mass: Their block mass ``[batch, heads, q_blocks, kv_blocks]``.
+            mass: Their block mass ``[batch, heads, q_blocks, kv_blocks]``, by all rows or by an
+                equal share of every block's.
         """
         rows, video = (video_blocks(call.layout, side) for side in block_sides(self.block))
         budget = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
@@ -163,8 +197,8 @@ def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:
 
     Args:
         mass: Block mass ``[batch, heads, q_blocks, kv_blocks]``.
-        tokens: Tokens in the sequence.
-        block: Tokens in a query block.
+        tokens: Query rows that the mass is of.
+        block: How many of them are in a query block.
     """
     rows = block_sizes(tokens, block, mass.device)
     return (mass.sum(-1) / rows).log().std(-1, unbiased=False)
@@ -202,3 +236,7 @@ def kept_blocks(sparsity: Tensor, blocks: int) -> Tensor:
         blocks: N.
     """
     return ((1 - sparsity) * blocks).round().clamp(min=1).long()
+
+
+def _at(lse: Tensor, rows: Tensor | None) -> Tensor:
+    return lse if rows is None else lse.index_select(-1, rows)

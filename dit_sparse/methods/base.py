@@ -15,7 +15,7 @@ from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
-from dit_sparse.layout import Ordering, TokenLayout, tile_ordering_on
+from dit_sparse.layout import Ordering, TokenLayout, spread_rows_on, tile_ordering_on
 from dit_sparse.mask import Block, BlockMask, PackedMask, block_sides
 from dit_sparse.methods.head_share import HeadShare
 from dit_sparse.neighborhood_mask import NeighborhoodMask
@@ -265,6 +265,14 @@ class Call:
         # Raster order with text is the order of one-row tiles: video in place, text moved last, so
         # that video blocks start at a block border wherever the model puts its text.
         return tile_ordering_on(self.layout, tile or (1, 1, self.layout.grid[2]), self.q.device)
+
+    def spread_rows(self, tile: tuple[int, int, int] | None, stride: int) -> Tensor:
+        """Places of every ``stride``-th query in :meth:`tile_order`, none in line with its next.
+
+        See :func:`~dit_sparse.layout.spread_rows_on`.
+        """
+        tile = tile or (1, 1, self.layout.grid[2])
+        return spread_rows_on(self.layout, tile, stride, self.q.device)
 
     def attention(
         self, mask: BlockMask | PackedMask | None = None, summary: BlockSummary | None = None

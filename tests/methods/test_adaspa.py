@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.mask import PackedMask, block_count, block_sizes
-from dit_sparse.methods.adaspa import AdaSpa, head_levels, kept_blocks, row_mass_drift
-from dit_sparse.methods.base import Call
+from dit_sparse.mask import PackedMask, block_count, block_sides, block_sizes
+from dit_sparse.methods.adaspa import (
+    ROW_STRIDES,
+    AdaSpa,
+    head_levels,
+    kept_blocks,
+    row_mass_drift,
+)
+from dit_sparse.methods.base import Call, video_blocks
 from dit_sparse.processors.run import Run
 from dit_sparse.schedule import Phase
 
@@ -72,11 +79,12 @@ def test_block_mass_is_the_block_sum_of_softmax(make: Any, block: int, padded: b
 # --- 2, 3: the LSE cache ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stride", ROW_STRIDES)
 def test_cached_lse_finds_the_same_mask_for_the_same_operands(
-    make: Any, lse_passes: list[int]
+    make: Any, lse_passes: list[int], stride: int
 ) -> None:
     data = make(text=5, batch=2)
-    method, memory = AdaSpa(0.5, SEARCH), {}
+    method, memory = AdaSpa(0.5, SEARCH, row_stride=stride), {}
     first = found(method, data, memory).dense()
     for index in (1, 2, 3):
         call = data.call(index, memory)
@@ -116,12 +124,13 @@ def test_without_the_cache_every_search_computes_lse(make: Any, lse_passes: list
     assert set(memory) == {"mask", "found"}
 
 
-def test_an_lse_error_constant_in_each_query_block_changes_no_row(make: Any) -> None:
+@pytest.mark.parametrize("stride", ROW_STRIDES)
+def test_an_lse_error_constant_in_each_query_block_changes_no_row(make: Any, stride: int) -> None:
     data, memory = make(), {}
-    method = AdaSpa(0.5, SEARCH, head_adaptive=False)
+    method = AdaSpa(0.5, SEARCH, head_adaptive=False, row_stride=stride)
     first = found(method, data, memory).dense()
     error = torch.randn(1, 2, data.layout.tokens // 64, generator=torch.Generator().manual_seed(3))
-    memory["lse"] = memory["lse"] + error.double().repeat_interleave(64, -1)
+    memory["lse"] = memory["lse"] + error.double().repeat_interleave(64 // stride, -1)
     method.attend(data.call(2, memory))
     assert torch.equal(memory["mask"].dense(), first)
     assert memory["drift"].min() > 0.3
@@ -130,7 +139,7 @@ def test_an_lse_error_constant_in_each_query_block_changes_no_row(make: Any) -> 
 def test_an_uneven_lse_error_does_change_rows(make: Any) -> None:
     # Otherwise the test above would show nothing.
     data, memory = make(), {}
-    method = AdaSpa(0.5, SEARCH, head_adaptive=False)
+    method = AdaSpa(0.5, SEARCH, head_adaptive=False, row_stride=1)
     first = found(method, data, memory).dense()
     error = 3 * torch.randn(memory["lse"].shape, generator=torch.Generator().manual_seed(3))
     memory["lse"] = memory["lse"] + error.double()
@@ -140,17 +149,18 @@ def test_an_uneven_lse_error_does_change_rows(make: Any) -> None:
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("staleness", [None, 0.5])
+@pytest.mark.parametrize("stride", ROW_STRIDES)
 def test_the_guard_recomputes_a_stale_lse(
-    make: Any, lse_passes: list[int], uneven: bool, staleness: float | None
+    make: Any, lse_passes: list[int], uneven: bool, staleness: float | None, stride: int
 ) -> None:
     data, memory = make(text=5), {}
-    method = AdaSpa(0.5, SEARCH, staleness=staleness)
+    method = AdaSpa(0.5, SEARCH, staleness=staleness, row_stride=stride)
     first = found(method, data, memory).dense()
     truth = memory["lse"].clone()
     drift = torch.full_like(truth, 2.0)
     if uneven:
         drift[:, 1, ::2] = 0.0
-        drift[:, 1, :128] -= 4.0
+        drift[:, 1, : 128 // stride] -= 4.0
     memory["lse"] = truth + drift
     method.attend(data.call(2, memory))
     recomputed = uneven and staleness is not None
@@ -160,6 +170,72 @@ def test_the_guard_recomputes_a_stale_lse(
         assert torch.equal(memory["mask"].dense(), first)
     if recomputed:
         torch.testing.assert_close(memory["lse"], truth)
+
+
+# --- rows that a search looks at --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [None, (4, 4, 4), (2, 3, 5)])
+@pytest.mark.parametrize("block", [64, 128, (128, 64)])
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize(("text", "order"), [(0, "video_text"), (5, "text_video")])
+def test_a_search_that_looks_at_some_rows_keeps_their_heaviest_blocks(
+    make: Any, tile: Any, block: Any, stride: int, text: int, order: str
+) -> None:
+    data = make(grid=(4, 8, 21), text=text, order=order, batch=2)
+    tokens = data.layout.tokens
+    data.key_valid = torch.ones(2, tokens, dtype=torch.bool)
+    if text:
+        data.key_valid[1, 2] = False
+        data.k[1, 2] = float("nan")
+    method = AdaSpa(0.6, SEARCH, block, tile, head_adaptive=False, row_stride=stride)
+    memory: dict[str, Any] = {}
+    mask = found(method, data, memory)
+    call = data.call()
+    rows = call.spread_rows(tile, stride)
+    assert memory["lse"].shape == (2, 2, -(-tokens // stride)) == (2, 2, len(rows))
+    # The same from the whole matrix of attention weights.
+    height, width = block_sides(block)
+    perm = data.layout.ordering(tile or (1, 1, 21)).perm
+    weights = data.softmax()[:, :, perm][..., perm]
+    sums = torch.zeros(2, 2, block_count(tokens, height), tokens).double()
+    sums.index_add_(2, rows // height, weights[:, :, rows])
+    sums = torch.nn.functional.pad(sums, (0, -tokens % width))
+    mass = sums.unflatten(-1, (-1, width)).sum(-1)
+    free = tuple(video_blocks(data.layout, side) for side in (height, width))
+    kept = max(1, round(0.4 * free[1]))
+    best = mass[:, :, : free[0], : free[1]].topk(kept).indices
+    wanted = torch.zeros(2, 2, *free, dtype=torch.bool).scatter(-1, best, True)
+    assert torch.equal(mask.dense()[:, :, : free[0], : free[1]], wanted)
+    if free[1] > 2:
+        assert not torch.equal(mask.dense(), found(replace(method, row_stride=1), data).dense())
+    # The rows of a fresh log-sum-exp sum to their number.
+    method.attend(data.call(2, memory))
+    assert memory["drift"].max() < 1e-12
+    assert torch.equal(memory["mask"].dense(), mask.dense())
+
+
+def test_the_first_search_and_later_ones_may_look_at_other_rows(make: Any) -> None:
+    data, all_rows, some = make(text=5), {}, {}
+    first = found(AdaSpa(0.5, SEARCH, row_stride=1), data, all_rows).dense()
+    fewer = found(AdaSpa(0.5, SEARCH, row_stride=4), data, some).dense()
+    assert not torch.equal(first, fewer)
+    memory: dict[str, Any] = {}
+    method = AdaSpa(0.5, SEARCH, row_stride=(1, 4))
+    assert torch.equal(found(method, data, memory).dense(), first)
+    assert torch.equal(memory["lse"], some["lse"])
+    method.attend(data.call(2, memory))
+    assert torch.equal(memory["mask"].dense(), fewer)
+    without = {"found": 0}
+    replace(method, lse_cache=False).attend(data.call(2, without))
+    assert torch.equal(without["mask"].dense(), fewer)
+    assert "lse" not in without
+
+
+@pytest.mark.parametrize("stride", [0, 3, 8, 2.0, True, (1,), (1, 3), (1, 2, 4), "2"])
+def test_impossible_strides_are_refused(stride: Any) -> None:
+    with pytest.raises(ValueError, match=r"row_stride must be one of \(1, 2, 4\)"):
+        AdaSpa(row_stride=stride)
 
 
 # --- 4: exactness ----------------------------------------------------------------------------
@@ -389,7 +465,7 @@ def test_no_other_mask_of_the_same_row_count_keeps_more_mass(make: Any) -> None:
     data, memory = make(grid=(4, 8, 16)), {}
     method = AdaSpa(0.6, (0,), tile=None, head_adaptive=False)
     mask = found(method, data, memory).dense()
-    mass = data.call().block_mass(memory["lse"], 64)
+    mass = data.call().block_mass(data.call().row_lse(), 64)
     kept = int(mask[0, 0, 0].sum())
     best = (mass * mask).sum((-1, -2))
     rng = torch.Generator().manual_seed(0)
@@ -445,7 +521,7 @@ def test_permuting_heads_permutes_masks(make: Any, adaptive: bool) -> None:
 def test_states_of_two_interleaved_branches(
     make: Any, search: tuple[int, ...], refreshes: set[int], first: int
 ) -> None:
-    run, method, total = Run(), AdaSpa(0.5, search), 8
+    run, method, total = Run(), AdaSpa(0.5, search, row_stride=1), 8
     expected = [
         Phase.DENSE
         if n < first
@@ -538,7 +614,7 @@ TABLE = {
 def held(make: Any) -> tuple[float, float]:
     """Bytes of LSE per token and of masks per block pair, in one head, as a small run holds."""
     data, memory = make(grid=(4, 32, 32), heads=1, dtype=torch.float32, dim=4), {}
-    found(AdaSpa(0.8, (0,)), data, memory)
+    found(AdaSpa(0.8, (0,), row_stride=1), data, memory)
     assert set(memory) == {"mask", "lse", "found"}
     lse = memory["lse"]
     pairs = block_count(data.layout.tokens, 64) ** 2
