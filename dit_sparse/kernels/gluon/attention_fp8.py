@@ -11,8 +11,8 @@ An accumulator holds columns 2t, 2t + 1 of every eight in thread t of four; an 8
 in the order in which threads hold the weights (``fragments`` of
 :func:`~dit_sparse.kernels.triton_quantize.quantize`). Products of 8 bits are accumulated with 14
 bits only, so a tile's sum is added to the row's in fp32. That takes a second accumulator, hence the
-registers of scores under way: there a tile's scores are started only once the values of the one
-before are, and its softmax does not overlap with their product.
+registers of scores under way: there a tile's scores are queued behind the product of the values of
+the one before, and the softmax waits for both.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3.3; sums in two levels: SageAttention2
 (arXiv 2411.10958).
