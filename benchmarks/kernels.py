@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,10 +34,12 @@ from benchmarks.row_file import write_rows
 from dit_sparse.kernels import ops
 from dit_sparse.kernels.triton_attention import Config, hopper_reasons, launch, tma_reasons
 from dit_sparse.kernels.triton_mask import expand
+from dit_sparse.kernels.triton_quantize import quantize
 from dit_sparse.mask import Block, BlockMask, PackedMask, block_count, block_sides
 
 # 256 MiB of inputs do not fit the 50 MiB of L2 of an H100: rotating further sets changes nothing.
 ROTATED_BYTES = 256 << 20
+PARTS = ("attention", "passes", "summaries", "fp8", "tune")
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,30 @@ class Bench:
                 sets, block=block, best=best, products=0,
             )  # fmt: skip
 
+    def eight_bits(self, shape: Shape, sets: list[tuple[Tensor, ...]], best: float) -> None:
+        """Attention with products of 8 bits, and the rounding of its operands alone."""
+        rng = torch.Generator("cuda").manual_seed(1)
+        for block in shape.blocks:
+            for density in shape.densities:
+                mask = random_mask(shape, block, density, rng)
+                achieved = float(mask.kv_num_blocks.double().mean()) / mask.shape[-1]
+                for precision in ops.PRECISIONS:
+                    self.add(
+                        "triton", precision, shape,
+                        lambda q, k, v, m=mask, p=precision: ops.attention(
+                            q, k, v, m, precision=p, impl="triton"
+                        ),
+                        sets, block=block, density=achieved, best=best,
+                    )  # fmt: skip
+            for precision in ops.FP8:
+                self.add(
+                    "triton", f"round {precision.removeprefix('fp8_')}", shape,
+                    lambda q, k, v, m=mask, p=precision: quantize(
+                        replace(_call(q, k, v, m), precision=p), fragments=True
+                    ),
+                    sets, block=block, best=best, products=0,
+                )  # fmt: skip
+
     def shape(self, shape: Shape, sets: list[tuple[Tensor, ...]], parts: list[str]) -> None:
         """Times ``parts`` for one shape."""
         best = self.dense(shape, sets, fast_only=1.0 not in shape.densities)
@@ -355,6 +381,8 @@ class Bench:
             self.passes(shape, sets, best)
         if "summaries" in parts and 1.0 in shape.densities:
             self.summaries(shape, sets, best)
+        if "fp8" in parts:
+            self.eight_bits(shape, sets, best)
         if "tune" in parts and shape.tokens in (32_768, 17_792):
             for block in (block for block in shape.blocks if isinstance(block, int)):
                 self.tune(shape, sets, best, block)
@@ -421,8 +449,8 @@ def main() -> int:
     parser.add_argument(
         "--parts",
         default="attention,passes,summaries",
-        help="what to time: attention, passes (mask search), summaries (of skipped blocks), tune "
-        "(launch parameters)",
+        help="what to time: attention, passes (mask search), summaries (of skipped blocks), fp8 "
+        "(products of 8 bits), tune (launch parameters)",
     )
     parser.add_argument("--shapes", help="only these, e.g. 6x8192x64,12x32768x128")
     parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
@@ -441,9 +469,8 @@ def main() -> int:
         print(write_table(arguments.write_table))
         return 0
     parts = arguments.parts.split(",")
-    unknown = set(parts) - {"attention", "passes", "summaries", "tune"}
-    if unknown:
-        parser.error(f"--parts takes attention, passes, summaries and tune, got {sorted(unknown)}")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts takes {', '.join(PARTS)}, got {sorted(unknown)}")
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
 

@@ -110,33 +110,16 @@ def _shift(sums, counts, plane, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS:
 
 
 @triton.jit
-def _queries_kernel(
-    q,  # [batch, q_len, heads, dim]
-    sums,
-    counts,
-    out,  # [batch, heads, q_len, DIM] e4m3
-    scales,  # [batch, heads, q_len] fp32
-    lift,  # as scales
-    q_batch,
-    q_token,
-    q_head,
-    heads,
-    q_len,
-    scale,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    plane = tl.program_id(1)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+def _round_queries(
+    q, shift, out, scales, lift, tile, plane, q_token, q_len, scale,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    rows = tile * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, DIM_PAD)
     live = rows < q_len
     inside = live[:, None] & (dims < DIM)[None, :]
-    q += (plane // heads).to(tl.int64) * q_batch + (plane % heads).to(tl.int64) * q_head
     x = tl.load(q + rows.to(tl.int64)[:, None] * q_token + dims[None, :], mask=inside, other=0.0)
     x = x.to(tl.float32)
-    shift = _shift(sums, counts, plane, DIM, DIM_PAD, PARTS)
     step = _positive(tl.max(tl.abs(x), 1))
     at = plane.to(tl.int64) * q_len + rows
     tl.store(lift + at, scale * tl.sum(x * shift[None, :], 1), mask=live)
@@ -146,43 +129,76 @@ def _queries_kernel(
 
 
 @triton.jit
-def _keys_kernel(
-    k,  # [batch, kv_len, heads, dim]
-    key_valid,  # [batch, kv_len] uint8, or None
-    sums,
-    counts,
-    out,  # [batch, heads, kv_len, DIM] e4m3
-    scales,  # [batch, heads, kv_blocks] fp32
-    k_batch,
-    k_token,
-    k_head,
-    heads,
-    kv_len,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    plane = tl.program_id(1)
-    batch = (plane // heads).to(tl.int64)
+def _round_keys(
+    k, key_valid, shift, out, scales, block, blocks, plane, k_token, kv_len,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, DIM_PAD)
     live = tokens < kv_len
     exists = live
     if key_valid is not None:
-        exists = tl.load(key_valid + batch * kv_len + tokens, mask=live, other=0) != 0
+        exists = tl.load(key_valid + tokens, mask=live, other=0) != 0
     inside = (dims < DIM)[None, :]
-    k += batch * k_batch + (plane % heads).to(tl.int64) * k_head
     at = k + tokens.to(tl.int64)[:, None] * k_token + dims[None, :]
     x = tl.load(at, mask=exists[:, None] & inside, other=0.0).to(tl.float32)
-    x = x - _shift(sums, counts, plane, DIM, DIM_PAD, PARTS)[None, :]
-    x = tl.where(exists[:, None] & inside, x, 0.0)
+    x = tl.where(exists[:, None] & inside, x - shift[None, :], 0.0)
     step = _positive(tl.max(tl.max(tl.abs(x), 1), 0))
-    tl.store(scales + plane * tl.num_programs(0) + block, step)
+    tl.store(scales + plane * blocks + block, step)
     rounded = (x / step).to(out.dtype.element_ty)
     rows = plane.to(tl.int64) * kv_len + tokens
     tl.store(out + rows[:, None] * DIM + dims[None, :], rounded, mask=live[:, None] & inside)
+
+
+@triton.jit
+def _queries_keys_kernel(
+    q,  # [batch, q_len, heads, dim]
+    k,  # [batch, kv_len, heads, dim]
+    key_valid,  # [batch, kv_len] uint8, or None
+    sums,
+    counts,
+    q_out,  # [batch, heads, q_len, DIM] e4m3
+    q_scales,  # [batch, heads, q_len] fp32
+    lift,  # as q_scales
+    k_out,  # [batch, heads, kv_len, DIM] e4m3
+    k_scales,  # [batch, heads, kv_blocks] fp32
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    heads,
+    q_len,
+    kv_len,
+    q_tiles,
+    scale,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Heads of the same tokens lie side by side in memory, hence are read at the same time.
+    plane = tl.program_id(0)
+    tile = tl.program_id(1)
+    batch = (plane // heads).to(tl.int64)
+    head = (plane % heads).to(tl.int64)
+    shift = _shift(sums, counts, plane, DIM, DIM_PAD, PARTS)
+    if tile < q_tiles:
+        q += batch * q_batch + head * q_head
+        _round_queries(
+            q, shift, q_out, q_scales, lift, tile, plane, q_token, q_len, scale,
+            DIM, DIM_PAD, BLOCK,
+        )  # fmt: skip
+    else:
+        k += batch * k_batch + head * k_head
+        flags = key_valid
+        if key_valid is not None:
+            flags = key_valid + batch * kv_len
+        _round_keys(
+            k, flags, shift, k_out, k_scales, tile - q_tiles, tl.num_programs(1) - q_tiles, plane,
+            k_token, kv_len, DIM, DIM_PAD, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -287,13 +303,11 @@ def quantize(call: AttentionCall, fragments: bool = False) -> Quantized:
         (*k_steps, heads, kv_len, min(kv_len, SAMPLES)),
         **shape, PARTS=_PARTS, TILE=64, num_warps=4,
     )  # fmt: skip
+    q_tiles = ceil_div(q_len, block)
     launch_kernel(
-        _queries_kernel, (ceil_div(q_len, 64), planes), (q, sums, counts, q8, q_scale, lift),
-        (*q_steps, heads, q_len, call.scale), **shape, PARTS=_PARTS, TILE=64, num_warps=4,
-    )  # fmt: skip
-    launch_kernel(
-        _keys_kernel, (k_scale.shape[2], planes), (k, flags, sums, counts, k8, k_scale),
-        (*k_steps, heads, kv_len),
+        _queries_keys_kernel, (planes, q_tiles + k_scale.shape[2]),
+        (q, k, flags, sums, counts, q8, q_scale, lift, k8, k_scale),
+        (*q_steps, *k_steps, heads, q_len, kv_len, q_tiles, call.scale),
         **shape, PARTS=_PARTS, BLOCK=block, num_warps=4 if block == 64 else 8,
     )  # fmt: skip
     if call.precision == "fp8_qkpv":

@@ -10,7 +10,9 @@ An accumulator holds columns 2t, 2t + 1 of every eight in thread t of four; an 8
 4t .. 4t + 3 of every sixteen. Instead of exchanging weights between threads, the values are stored
 in the order in which threads hold the weights (``fragments`` of
 :func:`~dit_sparse.kernels.triton_quantize.quantize`). Products of 8 bits are accumulated with 14
-bits only, so a tile's sum is added to the row's in fp32.
+bits only, so a tile's sum is added to the row's in fp32. That takes a second accumulator, hence the
+registers of scores under way: there a tile's scores are queued behind the product of the values of
+the one before, and the softmax waits for both.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3.3; sums in two levels: SageAttention2
 (arXiv 2411.10958).
@@ -189,8 +191,11 @@ def _row_factor(
 @gluon.jit
 def _weigh(p, v_smem, v_full, acc, n, clear, listed, count, key_valid, kv_len, i,
            DIM: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-           VALUES_8: gl.constexpr, TWO_LEVELS: gl.constexpr):  # fmt: skip
-    """Starts the product of a tile's weights with its values; the accumulator that it goes to."""
+           VALUES_8: gl.constexpr):  # fmt: skip
+    """Starts the product of a tile's weights with its values.
+
+    It is added to ``acc``, or with values in 8 bits replaces what is in there.
+    """
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
     stage = n % STAGES
     mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)
@@ -198,11 +203,11 @@ def _weigh(p, v_smem, v_full, acc, n, clear, listed, count, key_valid, kv_len, i
         # Values of keys that do not exist were stored as 0.
         if SPLIT == 1:
             values = v_smem.index(stage).reshape([DIM, TILE_K]).permute((1, 0))
-            token = warpgroup_mma(p, values, acc, use_acc=not TWO_LEVELS, is_async=True)
+            token = warpgroup_mma(p, values, acc, use_acc=False, is_async=True)
         else:
             first, second = _halves(p, TILE_K)
             values = v_smem.index(2 * stage).reshape([DIM, BLOCK_K]).permute((1, 0))
-            token = warpgroup_mma(first, values, acc, use_acc=not TWO_LEVELS, is_async=True)
+            token = warpgroup_mma(first, values, acc, use_acc=False, is_async=True)
             values = v_smem.index(2 * stage + 1).reshape([DIM, BLOCK_K]).permute((1, 0))
             token = warpgroup_mma(second, values, token, is_async=True)
     else:
@@ -231,7 +236,7 @@ def _step(
     p, acc, peak, decay, denom, n, more, keep, clear, i, listed, count, key_valid, kv_len, q_factor,
     S: gl.constexpr, P: gl.constexpr, OUT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr,
     TILE_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, OFFSET: gl.constexpr,
-    VALUES_8: gl.constexpr, TWO_LEVELS: gl.constexpr, EARLY: gl.constexpr,
+    VALUES_8: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of the next tile while the values of the one before are multiplied."""
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
@@ -241,22 +246,22 @@ def _step(
     keys = k_smem.index(stage).reshape([TILE_K, DIM]).permute((1, 0))
     nothing = gl.zeros([ROWS, TILE_K], gl.float32, S)
     target = acc
-    if TWO_LEVELS:
+    if VALUES_8:
         target = gl.zeros([ROWS, DIM], gl.float32, OUT)
-    if EARLY:
+    else:
         s_token = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
     o_token = _weigh(
         p, v_smem, v_full, target, n - 1, clear, listed, count, key_valid, kv_len, i - 1,
-        DIM, TILE_K, BLOCK_K, STAGES, VALUES_8, TWO_LEVELS,
+        DIM, TILE_K, BLOCK_K, STAGES, VALUES_8,
     )  # fmt: skip
-    if EARLY:
-        scores = warpgroup_mma_wait(SPLIT if VALUES_8 else 1, deps=(s_token,))
-    else:
+    if VALUES_8:
         s_token = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
         product = warpgroup_mma_wait(1, deps=(o_token,))
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None] + product
         scores = warpgroup_mma_wait(0, deps=(s_token,))
+    else:
+        scores = warpgroup_mma_wait(1, deps=(s_token,))
     factor = _row_factor(q_factor, scale_smem, stage, TILE_K, SPLIT, S)
     mbarrier.arrive(k_empty.index(stage), count=1)
     p_next, new_peak, decay_next, added = _softmax(
@@ -266,13 +271,10 @@ def _step(
     n += 1
     # Also keeps the compiler from moving the exponentials behind the wait that follows.
     mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1, pred=more)
-    if EARLY:
+    if not VALUES_8:
         product = warpgroup_mma_wait(0, deps=(o_token,))
         mbarrier.arrive(v_empty.index(before), count=1)
-        if TWO_LEVELS:
-            acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None] + product
-        else:
-            acc = product * gl.convert_layout(decay_next, OUT_ROW)[:, None]
+        acc = product * gl.convert_layout(decay_next, OUT_ROW)[:, None]
     return p_next, acc, new_peak, decay_next, denom, n
 
 
@@ -285,7 +287,6 @@ def _attend_tiles(
     scale_log2,
     DIM: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, RAGGED: gl.constexpr, VALUES_8: gl.constexpr,
-    TWO_LEVELS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     LN_2: gl.constexpr = 0.6931471805599453
     NEG_INF: gl.constexpr = float("-inf")
@@ -366,7 +367,6 @@ def _attend_tiles(
                         p, acc, peak, decay, denom, n, i + 1 < steps,
                         keep, i - 1 < flagged, i, listed, count, flags, kv_len, q_factor,
                         S, P, OUT, ROWS, DIM, TILE_K, BLOCK_K, STAGES, OFFSET, VALUES_8,
-                        TWO_LEVELS, EARLY,
                     )  # fmt: skip
             for i in range(gl.maximum(gl.minimum(flagged + 1, steps), 1), steps):
                 p, acc, peak, decay, denom, n = _step(
@@ -374,19 +374,18 @@ def _attend_tiles(
                     p, acc, peak, decay, denom, n, i + 1 < steps,
                     None, False, i, listed, count, None, kv_len, q_factor,
                     S, P, OUT, ROWS, DIM, TILE_K, BLOCK_K, STAGES, OFFSET, VALUES_8,
-                    TWO_LEVELS, EARLY,
                 )  # fmt: skip
             target = acc
-            if TWO_LEVELS:
+            if VALUES_8:
                 target = gl.zeros([ROWS, DIM], gl.float32, OUT)
             before = (n - 1) % STAGES
             o_token = _weigh(
                 p, v_smem, v_full, target, n - 1, steps - 1 < flagged, listed, count, flags, kv_len,
-                steps - 1, DIM, TILE_K, BLOCK_K, STAGES, VALUES_8, TWO_LEVELS,
+                steps - 1, DIM, TILE_K, BLOCK_K, STAGES, VALUES_8,
             )  # fmt: skip
             product = warpgroup_mma_wait(0, deps=(o_token,))
             mbarrier.arrive(v_empty.index(before), count=1)
-            if TWO_LEVELS:
+            if VALUES_8:
                 acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None] + product
             else:
                 acc = product
@@ -415,7 +414,6 @@ def _attention_fp8_kernel(
     q_len, kv_len, scale_log2,
     DIM: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, RAGGED: gl.constexpr, VALUES_8: gl.constexpr,
-    TWO_LEVELS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     SPLIT: gl.constexpr = TILE_K // BLOCK_K
     dtype: gl.constexpr = out.dtype.element_ty
@@ -460,7 +458,7 @@ def _attention_fp8_kernel(
                     out, lse, counts, indices, key_valid, valid_prefix, q_scale, shift, v_scale,
                     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge,
                     q_len, kv_len, scale_log2,
-                    DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, VALUES_8, TWO_LEVELS, EARLY,
+                    DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, VALUES_8,
                 ),
             ),
             (
@@ -471,7 +469,7 @@ def _attention_fp8_kernel(
                     out, lse, counts, indices, key_valid, valid_prefix, q_scale, shift, v_scale,
                     mask_batch, mask_head, list_len, q_tiles, heads, total, edge, total_edge,
                     q_len, kv_len, scale_log2,
-                    DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, VALUES_8, TWO_LEVELS, EARLY,
+                    DIM, TILE_Q, TILE_K, BLOCK_K, STAGES, RAGGED, VALUES_8,
                 ),
             ),
             (
@@ -514,23 +512,8 @@ def launch(call: AttentionCall) -> Attended:
     return launch_quantized(call, quantize(call, fragments=True))
 
 
-def launch_quantized(
-    call: AttentionCall,
-    operands: Quantized,
-    two_levels: bool = True,
-    early: bool | None = None,
-    stages: int | None = None,
-) -> Attended:
-    """:func:`launch` after the rounding, with ``operands.v`` in the order of the threads.
-
-    Args:
-        call: The call.
-        operands: Its operands in 8 bits.
-        two_levels: Whether sums over weights in 8 bits are carried in fp32 from tile to tile.
-        early: Whether a tile's scores are started before the product of the one before; None for
-            what fits the registers.
-        stages: Tiles of keys and values that are loaded ahead; None for what fits.
-    """
+def launch_quantized(call: AttentionCall, operands: Quantized) -> Attended:
+    """:func:`launch` after the rounding, with ``operands.v`` in the order of the threads."""
     assert call.v is not None and call.mask is not None
     batch, q_len, heads, dim = call.q.shape
     kv_len = call.k.shape[1]
@@ -542,10 +525,6 @@ def launch_quantized(
     _, _, rows, columns = call.mask.shape
     flags, prefix = validity(call.key_valid)
     values_8 = operands.v is not None
-    two_levels = two_levels and values_8
-    if early is None:
-        # Two accumulators of 128 channels leave no registers for scores that are under way.
-        early = not two_levels or dim == 64
     v = last_contiguous(call.v) if operands.v is None else operands.v
     queries, keys, values = call.keep(
         "fp8 boxes",
@@ -565,8 +544,7 @@ def launch_quantized(
         (*list_steps(call.mask), rows, heads, total, edge, 2 * edge * batch * heads,
          columns, q_len, kv_len, call.scale * LOG2_E),
         DIM=dim, TILE_Q=TILE_Q, TILE_K=TILE_K, BLOCK_K=block,
-        STAGES=stages or (4 if dim == 64 or values_8 else 3),
-        RAGGED=kv_len % block != 0, VALUES_8=values_8, TWO_LEVELS=two_levels, EARLY=early,
-        num_warps=4,
+        STAGES=4 if dim == 64 or values_8 else 3,
+        RAGGED=kv_len % block != 0, VALUES_8=values_8, num_warps=4,
     )  # fmt: skip
     return Attended(out, lse)
