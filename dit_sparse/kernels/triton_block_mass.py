@@ -162,7 +162,7 @@ def _hopper() -> Any:
     """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
     try:
         return importlib.import_module("dit_sparse.kernels.gluon.block_mass")
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         # An experiment of triton's, which moves between its versions.
         return f"this version of triton lacks it ({error})"
 

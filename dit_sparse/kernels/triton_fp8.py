@@ -253,7 +253,7 @@ def _hopper() -> Any:
     """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
     try:
         return importlib.import_module("dit_sparse.kernels.gluon.attention_fp8")
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return f"this version of triton lacks it ({error})"
 
 
