@@ -21,6 +21,7 @@ CASES = (
     "attention_fp8 bfloat16 128 128x128 fp8_qkpv padded",
     "attention_fp8 bfloat16 128 64x64 fp8_qk padded",
     "block_mass bfloat16 128 128x128 padded",
+    "block_mass bfloat16 128 16x64 padded",
     "neighborhood bfloat16 128 128 3",
     "bands bfloat16 128 128 True",
     "merge bfloat16 128",
