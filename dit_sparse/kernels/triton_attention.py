@@ -7,9 +7,7 @@ are read without any masking; the others (the ragged last block, padding) in a s
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -24,6 +22,8 @@ from dit_sparse.kernels.triton_common import (
     as_float,
     capability,
     ceil_div,
+    gluon_module,
+    gluon_reasons,
     last_contiguous,
     padded_dim,
     refusals,
@@ -361,24 +361,9 @@ def tma_reasons(call: AttentionCall) -> list[str]:
     return reasons
 
 
-@lru_cache(maxsize=1)
-def _hopper() -> Any:
-    """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
-    try:
-        return importlib.import_module("dit_sparse.kernels.gluon.attention")
-    except (ImportError, AttributeError) as error:
-        # An experiment of triton's, which moves between its versions.
-        return f"this version of triton lacks it ({error})"
-
-
 def hopper_reasons(call: AttentionCall) -> list[str]:
     """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
-    if INTERPRETED:
-        return ["Gluon has no interpreter"]
-    if capability(call.q) != (9, 0):
-        return ["needs compute capability 9.0"]
-    module = _hopper()
-    return [module] if isinstance(module, str) else module.reasons(call)
+    return gluon_reasons("attention", call)
 
 
 def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = None) -> Attended:
@@ -396,7 +381,7 @@ def launch(call: AttentionCall, path: Path = "pointer", config: Config | None = 
         fp32 and, with a summary, ``lse_kept`` as ``lse``.
     """
     if path == "hopper":
-        return _hopper().launch(call)
+        return gluon_module("attention").launch(call)
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     v = None if call.v is None else last_contiguous(call.v)
     batch, q_len, heads, _ = q.shape

@@ -7,9 +7,7 @@ Source: AdaSpa (arXiv 2502.21079), algorithms 1 and 2.
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
@@ -18,13 +16,14 @@ from torch import Tensor
 
 from dit_sparse.kernels.ops import BlockMassCall, Impl
 from dit_sparse.kernels.triton_common import (
-    INTERPRETED,
     LOG2_E,
     MASK_BLOCKS,
     RANK,
     as_float,
     capability,
     ceil_div,
+    gluon_module,
+    gluon_reasons,
     last_contiguous,
     padded_dim,
     refusals,
@@ -157,24 +156,9 @@ def _block_mass_fwd_kernel(
         )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _hopper() -> Any:
-    """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
-    try:
-        return importlib.import_module("dit_sparse.kernels.gluon.block_mass")
-    except (ImportError, AttributeError) as error:
-        # An experiment of triton's, which moves between its versions.
-        return f"this version of triton lacks it ({error})"
-
-
 def hopper_reasons(call: BlockMassCall) -> list[str]:
     """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
-    if INTERPRETED:
-        return ["Gluon has no interpreter"]
-    if capability(call.q) != (9, 0):
-        return ["needs compute capability 9.0"]
-    module = _hopper()
-    return [module] if isinstance(module, str) else module.reasons(call)
+    return gluon_reasons("block_mass", call)
 
 
 def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
@@ -189,7 +173,7 @@ def launch(call: BlockMassCall, path: Path = "pointer") -> Tensor:
         ``[batch, heads, q_blocks, kv_blocks]`` fp32.
     """
     if path == "hopper":
-        return _hopper().launch(call)
+        return gluon_module("block_mass").launch(call)
     q, k = last_contiguous(call.q), last_contiguous(call.k)
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]

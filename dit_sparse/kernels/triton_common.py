@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,6 +60,31 @@ def refusals(q: Tensor, block: tuple[int, int] | None) -> list[str]:
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Compute capability by which launch parameters are chosen; in the interpreter that of H100."""
     return (9, 0) if INTERPRETED else compute_capability(tensor.device)
+
+
+@cache
+def gluon_module(name: str) -> Any:
+    """A module of :mod:`dit_sparse.kernels.gluon`, or why it cannot be loaded: calls ask for it."""
+    try:
+        return importlib.import_module(f"dit_sparse.kernels.gluon.{name}")
+    except (ImportError, AttributeError) as error:
+        # An experiment of triton's, which moves between its versions.
+        return f"this version of triton lacks it ({error})"
+
+
+def gluon_reasons(name: str, call: Any) -> list[str]:
+    """Why ``call``, which has queries, cannot go to a kernel in Gluon for Hopper; empty if it can.
+
+    Args:
+        name: Its module, whose ``reasons`` are asked once it can be loaded.
+        call: The call.
+    """
+    if INTERPRETED:
+        return ["Gluon has no interpreter"]
+    if capability(call.q) != (9, 0):
+        return ["needs compute capability 9.0"]
+    module = gluon_module(name)
+    return [module] if isinstance(module, str) else module.reasons(call)
 
 
 def padded_dim(dim: int) -> int:

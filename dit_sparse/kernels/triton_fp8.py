@@ -6,10 +6,7 @@ blocks of 128 go to the kernel in Gluon.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -19,11 +16,12 @@ from dit_sparse.kernels.flash4_attention import skipped_part
 from dit_sparse.kernels.fp8 import KEY_BLOCK
 from dit_sparse.kernels.ops import FP8, Attended, AttentionCall, Impl
 from dit_sparse.kernels.triton_common import (
-    INTERPRETED,
     LOG2_E,
     RANK,
     capability,
     ceil_div,
+    gluon_module,
+    gluon_reasons,
     last_contiguous,
     padded_dim,
     refusals,
@@ -248,28 +246,14 @@ def launch(call: AttentionCall) -> Attended:
     return Attended(out, lse)
 
 
-@lru_cache(maxsize=1)
-def _hopper() -> Any:
-    """The module of the Gluon kernel, or why it cannot be loaded: every call asks for it."""
-    try:
-        return importlib.import_module("dit_sparse.kernels.gluon.attention_fp8")
-    except (ImportError, AttributeError) as error:
-        return f"this version of triton lacks it ({error})"
-
-
 def hopper_reasons(call: AttentionCall) -> list[str]:
     """Why ``call`` cannot be computed by the Gluon kernel for Hopper; empty if it can."""
-    if INTERPRETED:
-        return ["Gluon has no interpreter"]
-    if capability(call.q) != (9, 0):
-        return ["needs compute capability 9.0"]
-    module = _hopper()
-    return [module] if isinstance(module, str) else module.reasons(call)
+    return gluon_reasons("attention_fp8", call)
 
 
 def launch_hopper(call: AttentionCall) -> Attended:
     """:func:`launch` by the kernel in Gluon, where ``hopper_reasons`` are none."""
-    return _hopper().launch(call)
+    return gluon_module("attention_fp8").launch(call)
 
 
 def capability_reasons(call: AttentionCall) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from dit_sparse.kernels import triton_block_mass
+from dit_sparse.kernels import triton_block_mass, triton_common
 from dit_sparse.kernels.gluon import block_mass as gluon
 from dit_sparse.kernels.ops import BlockMassCall
 
@@ -53,12 +53,12 @@ def test_it_is_tested_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_hopper_gets_it(monkeypatch: pytest.MonkeyPatch, untested: None) -> None:
-    monkeypatch.setattr(triton_block_mass, "INTERPRETED", True)
+    monkeypatch.setattr(triton_common, "INTERPRETED", True)
     assert triton_block_mass.hopper_reasons(call()) == ["Gluon has no interpreter"]
-    monkeypatch.setattr(triton_block_mass, "INTERPRETED", False)
-    monkeypatch.setattr(triton_block_mass, "capability", lambda tensor: (10, 0))
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
+    monkeypatch.setattr(triton_common, "capability", lambda tensor: (10, 0))
     assert triton_block_mass.hopper_reasons(call()) == ["needs compute capability 9.0"]
-    monkeypatch.setattr(triton_block_mass, "capability", lambda tensor: (9, 0))
+    monkeypatch.setattr(triton_common, "capability", lambda tensor: (9, 0))
     assert triton_block_mass.hopper_reasons(call()) == []
 
     paths = []
