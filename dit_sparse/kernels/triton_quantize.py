@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.fp8 import E4M3, SAMPLES, key_block
+from dit_sparse.kernels.fp8 import E4M3, LARGEST, SAMPLES, SMALLEST, key_block
 from dit_sparse.kernels.ops import AttentionCall
 from dit_sparse.kernels.triton_common import ceil_div, last_contiguous, padded_dim
 from dit_sparse.kernels.triton_launch import launch_kernel
@@ -23,6 +23,9 @@ from dit_sparse.mask import block_count
 _PARTS = 8
 _VALUE_TILE = 128
 _PEAK_TOKENS = 1024
+# As kernels read them.
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST = tl.constexpr(SMALLEST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +61,7 @@ def _finite(x):
 @triton.jit
 def _positive(largest):
     """The scale of a group whose largest magnitude is ``largest``."""
-    return tl.where(largest < 1e-30, 1.0, largest / 448.0)
+    return tl.where(largest < _SMALLEST, 1.0, largest / _LARGEST)
 
 
 @triton.jit
