@@ -42,12 +42,13 @@ def add_summaries(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE_C: tl.constexpr,
+    STAGES: tl.constexpr,  # depth of the pipeline of loads; None for that of the launch
 ):
     """Adds the summaries of the skipped blocks of one mask row to ``(acc, denom, peak)``."""
     NEG_INF: tl.constexpr = float("-inf")
     dims = tl.arange(0, DIM_PAD)
     tail = denom * 0.0
-    for start in range(0, columns, TILE_C):
+    for start in tl.range(0, columns, TILE_C, num_stages=STAGES):
         column = start + tl.arange(0, TILE_C)
         inside = column < columns
         word = tl.load(bits + column // 32, mask=inside, other=0)
@@ -77,8 +78,9 @@ def add_summaries(
             other=0.0,
         )
         # acc is not normalised yet: the share of the skipped blocks is tail / denom.
-        weighted = (q.to(tl.float32) * (tail * scale)[:, None]).to(q.dtype)
-        acc = tl.dot(weighted, matrix, acc, input_precision="ieee")
+        # Queries are scaled behind the product, so that they need not be held in registers.
+        product = tl.dot(q, matrix, input_precision="ieee")
+        acc += product * (tail * scale)[:, None]
     return acc, denom, peak
 
 
