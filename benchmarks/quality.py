@@ -152,6 +152,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--arms", required=True, help="arms and files of arms (*.txt), comma-separated")
     add("--timing-repeats", type=int, default=2, help="timings of one caption an arm")
     add("--bisect-steps", type=int, default=10, help="steps of a try for a density")
+    add("--compile", action="store_true", help="with compiled transformer blocks")
     add("--budget-s", type=float, default=float("inf"), help="seconds, once this has started")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default=None, help="bfloat16 on CUDA, float32 on CPU")
@@ -184,6 +185,7 @@ def settings_of(options: argparse.Namespace) -> list[tuple[Setting, Path | None]
                 options.seed,
                 options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
                 options.timing_repeats,
+                options.compile,
             )
             path = None
             if options.output is not None:
@@ -215,6 +217,9 @@ def main(arguments: list[str] | None = None) -> None:
         if pipe is None:
             pipe = load_embedded(device=options.device, dtype=getattr(torch, setting.dtype))
             pipe.set_progress_bar_config(disable=True)
+            if setting.compiled:
+                # Shapes are few; hooks of step caches may break graphs.
+                pipe.transformer.compile_repeated_blocks(dynamic=False)
         now = time.perf_counter()
         share = (started + options.budget_s - now) / (len(settings) - number)
         run(Bench(pipe, setting, deadline=now + share), evidence, arms, options.bisect_steps)

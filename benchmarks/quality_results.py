@@ -155,10 +155,11 @@ class Result:
 
     @property
     def title(self) -> str:
-        """Size and steps."""
+        """Size, steps and whether blocks are compiled."""
         s = self.settings
         size = f"{s['frames']}x{s['height']}x{s['width']}"
-        return f"{s['tokens']:,} tokens ({size}), {s['steps']} steps"
+        how = ", compiled" if s["compiled"] else ""
+        return f"{s['tokens']:,} tokens ({size}), {s['steps']} steps{how}"
 
     @cached_property
     def rows(self) -> dict[str, Row]:

@@ -47,6 +47,7 @@ class Setting:
         seed: Of the first caption's noise, drawn on the CPU.
         dtype: Of the weights.
         repeats: Timings of an arm with one caption; 0 times nothing.
+        compiled: Whether the transformer's blocks are compiled.
     """
 
     frames: int
@@ -59,6 +60,7 @@ class Setting:
     seed: int
     dtype: str
     repeats: int
+    compiled: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -100,7 +102,7 @@ class Bench:
     def dense_row(self) -> dict[str, Any]:
         """Makes the dense clips of the usual batch; their row."""
         if self.setting.repeats or self.pipe.device.type == "cuda":
-            self._clips(0, 1, min(WARMUP_STEPS, self.setting.steps))
+            self._warm_up(self.setting.batch)
         self.dense_seconds = self.time_one()
         clips, self.dense_batch_seconds = [], []
         for first in range(0, len(self.setting.captions), self.setting.batch):
@@ -166,8 +168,8 @@ class Bench:
         found, batch_seconds, densities = _Qualities(), [], []
         with switched_on(self.pipe, cache, config) as processor:
             # On CUDA batches are timed in any case, and must not hold the compiling of kernels.
-            if not warm and (setting.repeats or self.pipe.device.type == "cuda"):
-                self._clips(0, 1, min(WARMUP_STEPS, setting.steps))
+            if (not warm or setting.compiled) and (setting.repeats or self.pipe.device.type == "cuda"):
+                self._warm_up(batch)
             if setting.repeats and batch > 1:
                 row["seconds"] = self.time_one()
                 row |= _report_of_one(processor)
@@ -240,6 +242,16 @@ class Bench:
         matched = bisect_density(make, target, measure, tolerance=tolerance, most_tries=MOST_TRIES)
         tries = [list(pair) for pair in matched.tries]
         return matched.config, {"target": target, "target_is_whole": whole, "tries": tries}
+
+    def _warm_up(self, batch: int) -> None:
+        """Compiles kernels, and blocks in all shapes that are timed later."""
+        steps = min(WARMUP_STEPS, self.setting.steps)
+        if self.setting.compiled:
+            # What was compiled for another arm is of no use, and counts towards dynamo's limit.
+            torch.compiler.reset()
+            if batch > 1:
+                self._clips(0, batch, steps)
+        self._clips(0, 1, steps)
 
     def time_one(self) -> list[float]:
         """Seconds of the first caption alone, as often as the setting says."""

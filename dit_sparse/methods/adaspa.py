@@ -74,7 +74,7 @@ class AdaSpa(Method):
     tile: tuple[int, int, int] | None = (4, 4, 4)
     head_adaptive: bool = True
     lse_cache: bool = True
-    row_stride: int | tuple[int, int] = (1, 4)
+    row_stride: int | tuple[int, int] = (2, 4)
     staleness: float | None = None
 
     def __post_init__(self) -> None:

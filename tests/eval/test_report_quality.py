@@ -49,6 +49,7 @@ def path(tmp_path: Path) -> Path:
         "schema": 2,
         "machine": {"gpu": "Some GPU", "cpu": "some CPU", "torch": "2.11"},
         "settings": {"frames": 16, "height": 256, "width": 256, "steps": 30, "tokens": 8192,
+                     "compiled": False,
                      "grid": [8, 32, 32], "guidance": 3.0, "captions": ["a"] * 5, "batch": 2,
                      "dtype": "bfloat16"},
         "sessions": [{"dense_seconds": [2.0, 2.2], "dense_seconds_after": [2.5]}, {"arms": 0}],

@@ -222,6 +222,7 @@ def test_the_first_search_and_later_ones_may_look_at_other_rows(make: Any) -> No
     assert not torch.equal(first, fewer)
     memory: dict[str, Any] = {}
     method = AdaSpa(0.5, SEARCH, row_stride=(1, 4))
+    assert AdaSpa().row_stride == (2, 4)
     assert torch.equal(found(method, data, memory).dense(), first)
     assert torch.equal(memory["lse"], some["lse"])
     method.attend(data.call(2, memory))
@@ -533,7 +534,7 @@ def test_states_of_two_interleaved_branches(
         for n in range(total)
     ]
     operands = [make(grid=(2, 8, 16), seed=seed) for seed in (0, 1)]
-    alone = [found(AdaSpa(0.5, (0,)), data).dense() for data in operands]
+    alone = [found(AdaSpa(0.5, (0,), row_stride=1), data).dense() for data in operands]
     assert not torch.equal(*alone)
     timesteps = tuple(1000.0 - 100 * index for index in range(total))
     for generation in range(2):

@@ -30,7 +30,10 @@ def plan() -> Plan:
     return load_plan(shipped_plans()["embedded-8x16x16"])
 
 
-def test_it_was_searched_on_the_weights_that_ship(pipe: Any, plan: Plan) -> None:
+@pytest.mark.parametrize("name", shipped_plans())
+def test_all_were_searched_on_the_weights_that_ship(pipe: Any, name: str) -> None:
+    plan = load_plan(shipped_plans()[name])
+    assert name == "embedded-" + "x".join(map(str, plan.grid))
     searched = plan.provenance["weights"]["transformer"]
     assert searched == _weights_digest(pipe.transformer), (
         "the embedded model has been trained on since its plan was searched; run the command in "
@@ -46,22 +49,24 @@ def test_it_fits_the_embedded_model_and_no_other(pipe: Any, plan: Plan) -> None:
     other = dataclasses.replace(identity, config=tuple(sorted(wider.items())))
     with pytest.raises(ValueError, match="its model has ffn_dim = 768, this one 1024"):
         fitting_plan(None, other, 7, 6, 64, (8, 16, 16))
-    with pytest.raises(ValueError, match=r"this is \(16, 32, 32\)"):
-        fitting_plan(None, identity, 7, 6, 64, (16, 32, 32))
+    with pytest.raises(ValueError, match=r"this is \(16, 32, 64\)"):
+        fitting_plan(None, identity, 7, 6, 64, (16, 32, 64))
 
 
-def test_its_provenance_is_whole(plan: Plan) -> None:
+@pytest.mark.parametrize("name", shipped_plans())
+def test_provenance_is_whole(name: str) -> None:
+    plan = load_plan(shipped_plans()[name])
     told = plan.provenance
     assert told["model"] == "embedded" and told["command"].startswith("dit-sparse search")
     for caption in told["captions"]:
         tokenize(caption)
-    assert told["steps"] == len(plan.steps) == 12
+    assert told["steps"] == len(plan.steps)
     search = told["search"]
     costs = list(search["costs"].values())
     heads = [costs[mode] for step in plan.steps for row in step.table for mode in row]
     assert sum(heads) / len(heads) == pytest.approx(search["mean_cost"], abs=1e-4)
     assert search["mean_cost"] <= search["target_cost"]
-    assert json.dumps(told).count("/tmp") == 0
+    assert " /" not in told["command"]
 
 
 def test_the_embedded_model_uses_it_by_default(pipe: Any, plan: Plan) -> None:
