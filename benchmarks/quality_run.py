@@ -168,7 +168,9 @@ class Bench:
         found, batch_seconds, densities = _Qualities(), [], []
         with switched_on(self.pipe, cache, config) as processor:
             # On CUDA batches are timed in any case, and must not hold the compiling of kernels.
-            if (not warm or setting.compiled) and (setting.repeats or self.pipe.device.type == "cuda"):
+            if (not warm or setting.compiled) and (
+                setting.repeats or self.pipe.device.type == "cuda"
+            ):
                 self._warm_up(batch)
             if setting.repeats and batch > 1:
                 row["seconds"] = self.time_one()
