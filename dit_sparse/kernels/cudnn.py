@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from dit_sparse.kernels.native_lse import cudnn_attention_with_lse
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
+from dit_sparse.kernels.nvidia import device_reasons, dtype_reasons
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
 
 # Above Triton's, which stays ahead for everything that has a mask.
 _RANK = 110
@@ -19,17 +20,11 @@ class CudnnAttention(Impl):
     op, name, rank = "attention", "cudnn", _RANK
 
     def reasons(self, call: AttentionCall) -> list[str]:
-        reasons = []
-        if not call.q.is_cuda or torch.version.hip is not None:
-            return [f"needs an NVIDIA device, got {call.q.device}"]
-        capability = compute_capability(call.q.device)
-        if capability < (9, 0):
-            found = f"{capability[0]}.{capability[1]}"
-            reasons.append(f"is chosen for compute capability 9.0 and newer, got {found}")
+        if reasons := device_reasons(call.q, 9, newer=True):
+            return reasons
+        reasons = dtype_reasons(call.q)
         if not torch.backends.cudnn.is_available():
             reasons.append("torch was built without cuDNN")
-        if call.q.dtype not in (torch.bfloat16, torch.float16):
-            reasons.append(f"dtype must be bfloat16 or float16, got {call.q.dtype}")
         if call.q.shape[-1] % 8 or call.q.shape[-1] > 128:
             reasons.append(f"head dim must be a multiple of 8 up to 128, got {call.q.shape[-1]}")
         if call.mask is not None or call.key_valid is not None:

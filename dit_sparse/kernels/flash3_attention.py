@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
+from dit_sparse.kernels.nvidia import device_reasons, dtype_reasons
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
 from dit_sparse.kernels.probe import probe_reasons
 
 # The forward-only wheel, and what a build from source installs.
@@ -52,15 +53,7 @@ class FlashAttention3(Impl):
     packages = tuple(_MODULES)
 
     def reasons(self, call: AttentionCall) -> list[str]:
-        reasons = []
-        if not call.q.is_cuda or torch.version.hip is not None:
-            return [f"needs an NVIDIA device, got {call.q.device}"]
-        capability = compute_capability(call.q.device)
-        if capability[0] != 9:
-            found = f"{capability[0]}.{capability[1]}"
-            reasons.append(f"is chosen for compute capability 9.0, got {found}")
-        reasons += static_reasons(call)
-        if reasons:
+        if reasons := device_reasons(call.q, 9) or static_reasons(call):
             return reasons
         library = _library()
         if isinstance(library, str):
@@ -73,9 +66,7 @@ class FlashAttention3(Impl):
 
 def static_reasons(call: AttentionCall) -> list[str]:
     """Why the kernel cannot compute ``call`` on any device."""
-    reasons = []
-    if call.q.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"dtype must be bfloat16 or float16, got {call.q.dtype}")
+    reasons = dtype_reasons(call.q)
     if call.q.shape[-1] % 8 or call.q.shape[-1] > 256:
         reasons.append(f"head dim must be a multiple of 8 up to 256, got {call.q.shape[-1]}")
     if call.mask is not None or call.key_valid is not None:

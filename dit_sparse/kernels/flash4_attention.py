@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dit_sparse.kernels.flash4_lists import flash_lists
-from dit_sparse.kernels.ops import Attended, AttentionCall, Impl, compute_capability
+from dit_sparse.kernels.nvidia import device_reasons, dtype_reasons
+from dit_sparse.kernels.ops import Attended, AttentionCall, Impl
 from dit_sparse.kernels.probe import probe_reasons
 from dit_sparse.mask import BlockMask
 
@@ -121,17 +122,9 @@ class FlashAttention4(Impl):
         return 115 if call.mask is None and call.key_valid is None else 95
 
     def reasons(self, call: AttentionCall) -> list[str]:
-        q, reasons = call.q, []
-        if not q.is_cuda or torch.version.hip is not None:
-            return [f"needs an NVIDIA device, got {q.device}"]
-        capability = compute_capability(q.device)
-        if capability[0] != 9:
-            # Blocks of 256 queries on compute capability 10; lists are ignored on 8 and absent
-            # on 12.
-            found = f"{capability[0]}.{capability[1]}"
-            reasons.append(f"walks our block lists on compute capability 9.0 only, got {found}")
-        reasons += static_reasons(call)
-        if reasons:
+        # Its blocks have 256 queries on compute capability 10; lists are ignored on 8 and absent
+        # on 12.
+        if reasons := device_reasons(call.q, 9) or static_reasons(call):
             return reasons
         library = _library()
         if isinstance(library, str):
@@ -150,9 +143,7 @@ class FlashAttention4(Impl):
 
 def static_reasons(call: AttentionCall) -> list[str]:
     """Why the kernel cannot compute ``call`` on any device."""
-    reasons = []
-    if call.q.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"dtype must be bfloat16 or float16, got {call.q.dtype}")
+    reasons = dtype_reasons(call.q)
     dim = call.q.shape[-1]
     if dim % 8 or dim > 128:
         # Above 128 its key tiles have 112 or 80 keys, which no block of ours is a multiple of.

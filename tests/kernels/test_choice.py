@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_table import make_table, write_table
-from dit_sparse.kernels import flash3_attention, flash4_attention, measured, ops, probe
+from dit_sparse.kernels import flash3_attention, flash4_attention, measured, nvidia, ops, probe
+from dit_sparse.kernels.cudnn import CudnnAttention
 from dit_sparse.kernels.flash3_attention import FlashAttention3
 from dit_sparse.kernels.flash4_attention import FlashAttention4
 from dit_sparse.kernels.measured import Query, device_class, measured_order
@@ -136,9 +137,38 @@ def test_flash3_is_dense_only() -> None:
     assert "multiple of 8 up to 256" in flash3_attention.static_reasons(call(260, None))[0]
 
 
-@pytest.mark.parametrize("impl", [FlashAttention3(), FlashAttention4()], ids=lambda i: i.name)
-def test_flash_kernels_refuse_a_cpu_without_loading_anything(impl: ops.Impl) -> None:
-    assert impl.reasons(call(block=None)) == ["needs an NVIDIA device, got cpu"]
+LIBRARIES = [
+    (FlashAttention3(), "9.x only"),
+    (FlashAttention4(), "9.x only"),
+    (CudnnAttention(), "9.0 and newer"),
+]
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda:0")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("impl", "wanted"), LIBRARIES)
+def test_kernels_of_libraries_ask_the_device_first_and_in_the_same_words(
+    impl: ops.Impl, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = call(block=None, dtype=torch.float32)
+    assert impl.reasons(x) == ["needs an NVIDIA device, got cpu"]
+    x = replace(x, q=x.q.as_subclass(OnCuda))
+    for older in ((7, 5), (8, 9)):
+        monkeypatch.setattr(nvidia, "compute_capability", lambda device, found=older: found)
+        found = f"{older[0]}.{older[1]}"
+        assert impl.reasons(x) == [f"is used on compute capability {wanted}, got {found}"]
+    monkeypatch.setattr(nvidia, "compute_capability", lambda device: (9, 0))
+    assert impl.reasons(x)[0] == "dtype must be bfloat16 or float16, got torch.float32"
+    monkeypatch.setattr(nvidia, "compute_capability", lambda device: (12, 0))
+    refused = impl.reasons(x)[0] == "is used on compute capability 9.x only, got 12.0"
+    assert refused == (wanted == "9.x only")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert impl.reasons(x) == ["needs an NVIDIA device, got cuda:0 of ROCm"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a broken installation says")
