@@ -489,6 +489,7 @@ def select(op: str, call: AnyCall, impl: str = "auto") -> Impl:
         f"{op} of {operand_name} {tuple(operand.shape)} {operand.dtype} on {operand.device} with "
         f"impl={impl!r} cannot be computed:\n  "
         + "\n  ".join(refusals or ["no implementation of this operation"])
+        + ("" if impl == "auto" else "\nimpl='auto' asks the other implementations too")
     )
 
 
