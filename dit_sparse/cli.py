@@ -16,11 +16,22 @@ import typer
 from rich.console import Console
 
 from dit_sparse import cli_gna_plan, cli_search, cli_search_mminference
+from dit_sparse.cli_options import (
+    DEFAULT_PROMPT,
+    Device,
+    Dtype,
+    Frames,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Seed,
+    Steps,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from dit_sparse.eval.compare import Comparison, Request
 
-DEFAULT_PROMPT = "a star moving up over a sunset sky, panning right"
 DEFAULT_METHODS = "dense,noise-floor,adaspa:sparsity=0.6,adaspa:sparsity=0.8,compensated_delta"
 
 COMPARE_HELP = """Generate the same clip dense and sparse; report quality, density and time.
@@ -87,46 +98,27 @@ def _fail(message: object) -> typer.Exit:
 
 @app.command(help=COMPARE_HELP)
 def compare(
-    model: Annotated[
-        str, typer.Option(help="'embedded', a folder or a hub id of a diffusers video pipeline.")
-    ] = "embedded",
+    model: Model = "embedded",
     prompt: Annotated[
         list[str] | None, typer.Option(help="Caption; repeatable. Default: a fixed one.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with a caption a line.")] = None,
     methods: Annotated[str, typer.Option(help="Arms, see above.")] = DEFAULT_METHODS,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps. Embedded model: 12 on CPU, 30 on CUDA."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames. Embedded model: 16 on CPU, 32 on CUDA.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance. Embedded model: 1 (off) on CPU, 3 on CUDA."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16 or float16."),
-    ] = "auto",
+    steps: Steps = None,
+    seed: Seed = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     output: Annotated[Path, typer.Option(help="Folder for report and videos.")] = Path(
         "dit-sparse-compare"
     ),
     fps: Annotated[
         int | None, typer.Option(help="Of the videos. Embedded model: 8, others 16.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")
-    ] = None,
+    threads: Threads = None,
     at_density: Annotated[
         float | None,
         typer.Option(

@@ -16,12 +16,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dit_sparse.cli_options import (
+    DEFAULT_PROMPT,
+    Device,
+    Dtype,
+    Frames,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Seed,
+    Steps,
+    Threads,
+)
+
 if TYPE_CHECKING:
     from dit_sparse.pipelines.search import SearchResult, SearchSettings
 
 # Objects, motions, backgrounds and cameras of the embedded model, none of them twice.
 EMBEDDED_CAPTIONS = (
-    "a star moving up over a sunset sky, panning right",
+    DEFAULT_PROMPT,
     "a fox bouncing and a balloon moving left over bricks, still camera",
 )
 DEFAULT_TARGET = 0.4
@@ -68,9 +81,7 @@ def _fail(message: object) -> typer.Exit:
 
 def search(
     output: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
-    model: Annotated[
-        str, typer.Option(help="'embedded', a folder or a hub id of a diffusers video pipeline.")
-    ] = "embedded",
+    model: Model = "embedded",
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Calibration caption; repeatable. Embedded model: two fixed ones."),
@@ -121,36 +132,19 @@ def search(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps that stay dense at first.")
     ] = 0.0,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps. Embedded model: 12 on CPU, 30 on CUDA."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels. Embedded model: 128 on CPU, 256 on CUDA.")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames. Embedded model: 16 on CPU, 32 on CUDA.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance. Embedded model: 1 (off) on CPU, 3 on CUDA."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16 or float16."),
-    ] = "auto",
+    steps: Steps = None,
+    seed: Seed = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     state: Annotated[
         Path | None,
         typer.Option(help="File of the measurements. Default: beside the plan, *.state."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """See `SEARCH_HELP`."""
     import torch

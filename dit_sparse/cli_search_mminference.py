@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dit_sparse.cli_options import (
+    DEFAULT_PROMPT,
+    Device,
+    Dtype,
+    Frames,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Seed,
+    Steps,
+    Threads,
+)
+
 if TYPE_CHECKING:
     from dit_sparse.methods.pattern_table import PatternTable
 
@@ -29,29 +42,25 @@ with the same sparsity, block, tile and strides as the search.
 
 
 def search_mminference(
-    model: Annotated[
-        str, typer.Option(help="'embedded', a folder or a hub id of a diffusers video pipeline.")
-    ] = "embedded",
+    model: Model = "embedded",
     prompt: Annotated[
         str, typer.Option(help="Caption of the calibration sample.")
-    ] = "a star moving up over a sunset sky, panning right",
+    ] = DEFAULT_PROMPT,
     method: Annotated[
         str, typer.Option(help="What to search for, as in compare: mminference:sparsity=0.9")
     ] = "mminference",
     step: Annotated[
         float, typer.Option(help="Denoising step to look at, as a share of all.")
     ] = 0.5,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")
-    ] = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     output: Annotated[Path, typer.Option(help="The table to write.")] = Path(
         "mminference-table.json"
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
@@ -95,6 +96,18 @@ def test_methods_lists_methods() -> None:
     result = runner.invoke(app, ["methods"], env={"COLUMNS": "160"})
     assert result.exit_code == 0
     assert "adaspa" in result.stdout and "sparsity=0.8" in result.stdout
+
+
+def test_commands_word_the_options_that_they_share_alike() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    helps = {
+        name: {option.name: option.help for option in commands[name].params}
+        for name in ("compare", "search", "search-mminference")
+    }
+    shared = set.intersection(*map(set, helps.values())) - {"prompt", "output"}
+    assert len(shared) == 10
+    for option in shared:
+        assert len({found[option] for found in helps.values()}) == 1, option
 
 
 def test_help_imports_nothing_heavy() -> None:
