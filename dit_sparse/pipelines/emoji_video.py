@@ -6,6 +6,7 @@ that works on Wan (attention processors, cache hooks, CPU offload) works here wi
 
 # Annotations are not postponed: older versions of diffusers read the components' classes from
 # those of __init__.
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,6 +73,7 @@ class EmojiVideoPipeline(DiffusionPipeline):
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
+        self._told_words: set[str] = set()
 
     @property
     def guidance_scale(self) -> float:
@@ -112,7 +114,7 @@ class EmojiVideoPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> tuple[list[str], list[str]]:
-        """Validates the arguments of a call.
+        """Validates the arguments of a call, and warns once of a word that the model does not know.
 
         Returns:
             The prompts and the negative prompts, as lists of the same length.
@@ -134,8 +136,10 @@ class EmojiVideoPipeline(DiffusionPipeline):
                 f"expected negative_prompt to be one string or {len(prompts)} strings (one per "
                 f"prompt), got {count!r}; pass None for the unconditional caption"
             )
+        unknown_words: dict[str, None] = {}
         for text in (*prompts, *negatives):
             self.text_encoder.tokenize(text)
+            unknown_words |= dict.fromkeys(self.text_encoder.unknown_words(text))
         for name, value in (
             ("height", height),
             ("width", width),
@@ -171,6 +175,14 @@ class EmojiVideoPipeline(DiffusionPipeline):
                 "expected callback_on_step_end_tensor_inputs to be names out of "
                 f"{self._callback_tensor_inputs}, got {sorted(unknown)}; remove these names"
             )
+        if new := [word for word in unknown_words if word not in self._told_words]:
+            self._told_words.update(new)
+            # Out of this method, of __call__ and of no_grad around it.
+            warnings.warn(
+                f"this model was never trained on {', '.join(map(repr, new))}, which it cannot "
+                f"show; {self.text_encoder.known_words(new)}",
+                stacklevel=4,
+            )
         return list(prompts), list(negatives)
 
     def encode_prompt(
@@ -203,7 +215,8 @@ class EmojiVideoPipeline(DiffusionPipeline):
         """Generates videos.
 
         Args:
-            prompt: One caption or a list of captions.
+            prompt: One caption or a list of captions, in words of `text_encoder.config.words`.
+                The empty one is unconditional.
             negative_prompt: Caption to steer away from; None is the unconditional caption.
             height: Multiple of 8.
             width: Multiple of 8.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 PAD_ID = 0
 UNKNOWN_ID = 1
 _FIRST_WORD_ID = 2
+_EXAMPLES = 6
 
 
 class CaptionBlock(nn.Module):
@@ -83,13 +85,36 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"expected a caption of type str, got {type(text).__name__}; pass one string"
             )
-        ids = [self._ids.get(word, UNKNOWN_ID) for word in re.findall(r"[a-z0-9]+", text.lower())]
+        ids = [self._ids.get(word, UNKNOWN_ID) for word in _words(text)]
         limit = self.config.max_words
         if len(ids) > limit:
             raise ValueError(
                 f"expected a caption of at most {limit} words, got {len(ids)}; shorten {text!r}"
             )
         return ids + [PAD_ID] * (limit - len(ids))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a caption that are not in the vocabulary, each once.
+
+        Raises:
+            ValueError: If nothing in a caption is in the vocabulary; an empty one is fine.
+        """
+        words = _words(text)
+        unknown = [word for word in dict.fromkeys(words) if word not in self._ids]
+        if text.strip() and not self._ids.keys() & set(words):
+            raise ValueError(
+                f"expected a caption with words that this model knows, got {text!r}; "
+                f"{self.known_words(unknown)}"
+            )
+        return unknown
+
+    def known_words(self, unknown: list[str]) -> str:
+        """A hint that names a few words of the vocabulary, those like ``unknown`` first."""
+        words = list(self.config.words)
+        close = [match for word in unknown for match in get_close_matches(word, words)]
+        spread = words[:: max(1, len(words) // _EXAMPLES)]
+        examples = list(dict.fromkeys(close + spread))[:_EXAMPLES]
+        return f"use for example {', '.join(examples)}; pipe.text_encoder.config.words lists all"
 
     def tokenize_batch(self, captions: list[str]) -> torch.Tensor:
         """Ids [B, max_words] (int64, on the CPU) of a list of captions."""
@@ -122,3 +147,8 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Encodes captions to [B, max_words, dim] on the device of the encoder."""
         return self(self.tokenize_batch(captions).to(self.device))
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters and digits, of any script: a word that is dropped could not be told of."""
+    return re.findall(r"[^\W_]+", text.lower())

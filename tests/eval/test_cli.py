@@ -44,11 +44,11 @@ def test_json_is_alone_on_stdout(tiny_model: None, tmp_path: Path) -> None:
 
 def test_table_and_paths(tiny_model: None, tmp_path: Path) -> None:
     file = tmp_path / "captions.txt"
-    file.write_text("a heart\n\na heart growing\n")
+    file.write_text("a heart\n\na star\n")
     arguments = ["compare", *TINY, "--output", str(tmp_path / "out"), "--prompts", str(file)]
     result = runner.invoke(app, [*arguments, "--methods", "adaspa:sparsity=0.5"])
     assert result.exit_code == 0, result.output
-    for text in ("adaspa:sparsity=0.5", "a heart growing", "PSNR", "report.html", "report.json"):
+    for text in ("adaspa:sparsity=0.5", "a star", "PSNR", "report.html", "report.json"):
         assert text in result.stdout
     assert "4 frames" not in result.stdout and "steps 2" in result.stderr
 
@@ -63,6 +63,7 @@ def test_table_and_paths(tiny_model: None, tmp_path: Path) -> None:
         (["--dtype", "int8"], "bfloat16"),
         (["--model", "/absent/folder"], "model_index.json"),
         (["--prompt", " "], "prompt"),
+        (["--prompt", "a dog bouncing"], "does not know the word 'dog'"),
     ],
 )
 def test_errors(
@@ -77,6 +78,13 @@ def test_errors(
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_a_pipeline_that_knows_no_word_of_the_caption(tiny_model: None, tmp_path: Path) -> None:
+    arguments = ["compare", *TINY, "--output", str(tmp_path), "--model", "some/emoji"]
+    result = runner.invoke(app, [*arguments, "--methods", "adaspa", "--prompt", "dog"])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "got 'dog'; use for example a, heart, star" in " ".join(result.stderr.split())
 
 
 def test_an_empty_prompts_file(no_load: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -217,6 +218,10 @@ def test_interrupt_skips_the_remaining_steps(pipe: EmojiVideoPipeline) -> None:
         ({"prompt": []}, "expected prompt"),
         ({"prompt": None}, "expected prompt"),
         ({"prompt": ["red", 3]}, "caption of type str, got int"),
+        ({"prompt": ["red", "Dog"]}, r"got 'Dog'; use for example red, heart, .*config\.words"),
+        ({"prompt": "\u72d7"}, r"words that this model knows, got '\u72d7'"),
+        ({"prompt": "\U0001f436!"}, "words that this model knows"),
+        ({"negative_prompt": "low quality"}, "got 'low quality'"),
         ({"negative_prompt": ["a", "b"]}, r"1 strings \(one per prompt\), got 2"),
         ({"height": 20}, "height to be a positive multiple of 8, got 20"),
         ({"width": 0}, "width to be a positive integer, got 0"),
@@ -238,6 +243,25 @@ def test_bad_inputs_fail_before_any_work(
     monkeypatch.setattr(pipe.text_encoder, "forward", fail)
     with pytest.raises(ValueError, match=match):
         pipe(**({"prompt": "red heart", **SIZE} | changes))
+
+
+def test_an_unknown_word_is_told_once_where_the_pipeline_was_called(
+    pipe: EmojiVideoPipeline,
+) -> None:
+    with pytest.warns(UserWarning) as told:
+        for prompt in ("a red hart, moving", ["red hart", "\u72d7 heart"]):
+            pipe(prompt, negative_prompt="blue right", **SIZE)
+    assert [warning.filename for warning in told] == [__file__] * 2
+    first, second = (str(warning.message) for warning in told)
+    assert "never trained on 'a', 'hart', 'blue'" in first
+    assert "example heart, red, " in first and "pipe.text_encoder.config.words" in first
+    assert "never trained on '\u72d7'," in second
+
+
+def test_known_words_and_the_empty_caption_are_not_warned_of(pipe: EmojiVideoPipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(["Red heart, moving!", "", " "], **SIZE)
 
 
 @pytest.mark.parametrize("loader", [EmojiVideoPipeline, DiffusionPipeline])
