@@ -27,6 +27,8 @@ NAMED = (
     "magcache",
 )
 OTHERS = "others"
+# Arms that make a picture.
+FEWEST_ARMS = 6
 
 
 def group(row: Row) -> str:
@@ -43,7 +45,7 @@ def plot(results: Sequence[Result], path: Path, metric: str = "psnr") -> None:
     Arms of one series (the same but for its budget) are joined by a line.
 
     Args:
-        results: What was measured.
+        results: What was measured; those of a few arms are left to the tables.
         path: Picture to write, e.g. ``*.svg``.
         metric: ``"psnr"`` or ``"ssim"``.
     """
@@ -52,6 +54,7 @@ def plot(results: Sequence[Result], path: Path, metric: str = "psnr") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results = [result for result in results if len(_drawn(result)) >= FEWEST_ARMS] or results
     plt.rcParams.update({"svg.hashsalt": "dit-sparse", "svg.fonttype": "none", "font.size": 9})
     figure, axes = plt.subplots(
         len(results), 2, figsize=(11, 4.2 * len(results)), squeeze=False, layout="constrained"

@@ -196,7 +196,7 @@ def facts(result: Result) -> list[str]:
 
 
 def overview(results: Sequence[Result]) -> list[str]:
-    """Every claim with its answer in each result."""
+    """Every claim with its answer in each result that tells something of any."""
     claims = read_claims(CLAIMS)
     cells: dict[str, dict[int, str]] = {}
     for place, result in enumerate(results):
@@ -206,12 +206,13 @@ def overview(results: Sequence[Result]) -> list[str]:
                 cells.setdefault(verdict.text, {})[place] = answer
     if not cells:
         return []
-    rows = [[text, *(row.get(i, "–") for i in range(len(results)))] for text, row in cells.items()]
+    places = sorted({place for row in cells.values() for place in row})
+    rows = [[text, *(row.get(place, "–") for place in places)] for text, row in cells.items()]
     return [
         "## Claims",
         "Whether the first arm is nearer to dense than the second, by how many dB on average. "
         "*Not separated*: the interval of the difference holds zero.",
-        markdown(["claim", *(result.title for result in results)], rows),
+        markdown(["claim", *(results[place].title for place in places)], rows),
     ]
 
 

@@ -27,6 +27,8 @@ from dit_sparse.cli_options import (
     Seed,
     Steps,
     Threads,
+    failure,
+    terminal,
 )
 
 if TYPE_CHECKING:
@@ -91,11 +93,6 @@ def main() -> None:
     """Sparse attention for diffusers video models, without retraining."""
 
 
-def _fail(message: object) -> typer.Exit:
-    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
-    return typer.Exit(2)
-
-
 @app.command(help=COMPARE_HELP)
 def compare(
     model: Model = "embedded",
@@ -158,7 +155,7 @@ def compare(
             command=shlex.join([app.info.name or "dit-sparse", *sys.argv[1:]]),
         ).resolved()
     except ValueError as error:
-        raise _fail(error) from error
+        raise failure(error) from error
     pipe = None
     try:
         ranks = Ranks.started(request.device)
@@ -170,22 +167,17 @@ def compare(
         result = _run_with_progress(request, messages, pipe)
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
-        raise _fail(error) from error
+        raise failure(error) from error
     if ranks.index > 0:
         return
     if json_:
         # Not through Rich, which would wrap long lines.
         sys.stdout.write(result.to_json() + "\n")
-    show = messages if json_ else _stdout()
+    show = messages if json_ else terminal()
     for section in _tables(result):
         show.print(section)
     for path in (result.html_path, result.json_path, result.request.output / "videos"):
         show.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _stdout() -> Console:
-    # In a file or a pipe Rich assumes 80 columns, which folds the names of methods.
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _captions(prompt: list[str] | None, file: Path | None) -> tuple[str, ...]:
@@ -194,12 +186,12 @@ def _captions(prompt: list[str] | None, file: Path | None) -> tuple[str, ...]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise _fail(
+            raise failure(
                 f"expected --prompts to be a readable UTF-8 text file, got {str(file)!r}: {error}"
             ) from error
         captions += [line.strip() for line in lines if line.strip()]
         if not captions:
-            raise _fail(f"expected a caption a line in {str(file)!r}, got an empty file")
+            raise failure(f"expected a caption a line in {str(file)!r}, got an empty file")
     return tuple(captions or [DEFAULT_PROMPT])
 
 
@@ -360,7 +352,7 @@ def methods() -> None:
         options = "\n".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
         table.add_row(Text(name), Text(summary), Text(options))
-    _stdout().print(table)
+    terminal().print(table)
 
 
 @app.command()
@@ -389,7 +381,7 @@ def families(
         refused.add_column(column)
     for model, reason in sorted(REFUSED.items()):
         refused.add_row(model, Text(reason))
-    console = _stdout()
+    console = terminal()
     console.print(supported)
     console.print(refused)
 

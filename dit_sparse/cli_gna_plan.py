@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from dit_sparse.cli_options import failure, terminal
 
 if TYPE_CHECKING:
     from dit_sparse.methods.gna_plan import Plan
@@ -96,12 +97,11 @@ def gna_plan(
             else:
                 rows = [_measured(_given(found, tile, block), text, share)]
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False)
-        raise typer.Exit(2) from error
+        raise failure(error) from error
     if json_:
         sys.stdout.write(json.dumps({"grid": size, "text": text, "plans": rows}, indent=2) + "\n")
         return
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = terminal()
     console.print(_table(size, rows))
 
 

@@ -1,10 +1,12 @@
-"""Options that several commands of `dit-sparse` have in common: what to generate, and where."""
+"""What several commands of `dit-sparse` have in common: options, and how they print and fail."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 # A caption that the embedded model knows.
 DEFAULT_PROMPT = "a star moving up over a sunset sky, panning right"
@@ -30,3 +32,15 @@ Dtype = Annotated[
     str, typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16 or float16.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: what torch picks.")]
+
+
+def failure(message: object) -> typer.Exit:
+    """Prints why a command cannot go on; to be raised."""
+    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
+    return typer.Exit(2)
+
+
+def terminal() -> Console:
+    """The console of results."""
+    # In a file or a pipe Rich assumes 80 columns, which folds the names of methods.
+    return Console() if sys.stdout.isatty() else Console(width=120)

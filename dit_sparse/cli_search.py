@@ -27,6 +27,8 @@ from dit_sparse.cli_options import (
     Seed,
     Steps,
     Threads,
+    failure,
+    terminal,
 )
 
 if TYPE_CHECKING:
@@ -72,11 +74,6 @@ The plan (JSON):
                       and versions, command; search{strategy, cost, costs,
                       lambda, epsilon, target_cost, mean_cost, mean_loss, warmup}
 """
-
-
-def _fail(message: object) -> typer.Exit:
-    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
-    return typer.Exit(2)
 
 
 def search(
@@ -190,7 +187,7 @@ def search(
         found = _run(pipe, request, settings, state or output.with_suffix(".state"))
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
-        raise _fail(error) from error
+        raise failure(error) from error
     found.plan.save(output)
     _print(found, output)
 
@@ -306,7 +303,7 @@ def _print(found: SearchResult, output: Path) -> None:
     for index, mode in enumerate(plan.modes):
         share = 100 * counts[index] / counts.total()
         table.add_row(str(mode), f"{found.costs[index]:.3f}", f"{share:.1f} %")
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = terminal()
     console.print(table)
     console.print(
         f"mean cost {found.mean_cost:.4f}, mean error {found.mean_loss:.5f}, lambda "

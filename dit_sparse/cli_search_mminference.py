@@ -23,6 +23,7 @@ from dit_sparse.cli_options import (
     Seed,
     Steps,
     Threads,
+    failure,
 )
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ def search_mminference(
             )
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        raise failure(error) from error
     table.save(output)
     typer.echo(summary(table))
     typer.echo(f"written: {output}")

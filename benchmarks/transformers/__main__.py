@@ -80,7 +80,9 @@ def measure(
 ) -> dict[str, Any]:
     """All about one model; only ``checks`` where one of them failed."""
     bench = Bench(model, options.layers, device, dtype, options.steps, options.repeats)
-    run = ModelRun(bench, arms, options)
+    run = ModelRun(
+        bench, arms, options, lambda line: print(f"     {model.name:14s} {line}", flush=True)
+    )
     described = {
         "kind": model.kind,
         "tokens": model.tokens,

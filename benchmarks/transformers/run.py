@@ -46,10 +46,17 @@ class ModelRun:
         bench: It, ready to run.
         arms: The methods.
         options: What to measure.
+        say: Told each result when it is known, in one line: a model takes minutes.
     """
 
-    def __init__(self, bench: Bench, arms: Sequence[Arm], options: Options) -> None:
-        self.bench, self.options = bench, options
+    def __init__(
+        self,
+        bench: Bench,
+        arms: Sequence[Arm],
+        options: Options,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.bench, self.options, self.say = bench, options, say
         self.backends = faster_backends(bench.model, bench.device)
         self.configs: dict[str, SparseConfig] = {}
         self.notes: dict[str, str] = {}
@@ -120,7 +127,10 @@ class ModelRun:
         for label, config in self.configs.items():
             torch.compiler.reset()
             measured = bench.sparse(config, backend, self.phases[label])
-            sparse.append(self._sparse_row(label, measured, scale, against, best))
+            row = self._sparse_row(label, measured, scale, against, best)
+            sparse.append(row)
+            phases = (f"{name} {x['forward_ms']:.0f} ms" for name, x in row["phases"].items())
+            self.say(f"{label}: {', '.join(phases)} a pass, {row['total_s']:.1f} s")
         return {
             "rest_ms": scale.rest_ms,
             "ratio": scale.ratio,
@@ -151,6 +161,7 @@ class ModelRun:
                 errors[backend] = f"{type(error).__name__}: {error}"[:300]
                 continue
             rows.append(self._dense_row(arm, backend, timing, inside, peak, scale))
+            self.say(f"{arm}: {rows[-1]['forward_ms']:.0f} ms a pass, {rows[-1]['total_s']:.1f} s")
         if bench.padding == "trim":
             torch.compiler.reset()
             backend = self.backends[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -141,6 +142,11 @@ WORDS = tuple(
 MAX_WORDS = 24
 
 
+def words_of(text: str) -> list[str]:
+    """Runs of letters and digits, of any script: a word that is dropped could not be told of."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
 def tokenize(text: str) -> list[int]:
     """Word numbers of a caption: 0 is padding, ``2 + i`` is ``WORDS[i]``.
 
@@ -148,7 +154,7 @@ def tokenize(text: str) -> list[int]:
         ValueError: On a word that no training caption holds; names the closest ones.
     """
     ids = []
-    for word in text.lower().replace(",", " ").split():
+    for word in words_of(text):
         if word not in WORDS:
             close = get_close_matches(word, WORDS, n=3) or list(OBJECTS)[:3]
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 
 import torch
@@ -10,6 +9,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
+
+from dit_sparse.pipelines.captions import words_of
 
 PAD_ID = 0
 UNKNOWN_ID = 1
@@ -85,7 +86,7 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"expected a caption of type str, got {type(text).__name__}; pass one string"
             )
-        ids = [self._ids.get(word, UNKNOWN_ID) for word in _words(text)]
+        ids = [self._ids.get(word, UNKNOWN_ID) for word in words_of(text)]
         limit = self.config.max_words
         if len(ids) > limit:
             raise ValueError(
@@ -99,7 +100,7 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If nothing in a caption is in the vocabulary; an empty one is fine.
         """
-        words = _words(text)
+        words = words_of(text)
         unknown = [word for word in dict.fromkeys(words) if word not in self._ids]
         if text.strip() and not self._ids.keys() & set(words):
             raise ValueError(
@@ -147,8 +148,3 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Encodes captions to [B, max_words, dim] on the device of the encoder."""
         return self(self.tokenize_batch(captions).to(self.device))
-
-
-def _words(text: str) -> list[str]:
-    """Runs of letters and digits, of any script: a word that is dropped could not be told of."""
-    return re.findall(r"[^\W_]+", text.lower())

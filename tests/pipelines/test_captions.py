@@ -72,6 +72,10 @@ def test_unknown_word_names_itself_and_a_close_one() -> None:
         tokenize("a pandas bouncing over stripes")
 
 
+def test_punctuation_is_no_part_of_a_word() -> None:
+    assert tokenize("A heart, growing over grass!") == tokenize("a heart growing over grass")
+
+
 def test_too_long_a_caption_is_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {MAX_WORDS} words"):
         tokenize("a " * (MAX_WORDS + 1))
