@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dit_sparse.mask import Block, PackedMask, block_sides, block_sizes
-from dit_sparse.methods.base import Call, Method, check_block, check_box, video_blocks
+from dit_sparse.methods.base import Call, Method, check_block, check_box, video_blocks, with_block
 from dit_sparse.schedule import Phase, Schedule
 
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
@@ -45,8 +46,9 @@ class AdaSpa(Method):
         sparsity: Share of video blocks that a head skips on average, in [0, 1).
         search: When masks are searched, see :class:`~dit_sparse.schedule.Schedule`. The paper's 10
             and 30 of 50 steps, as shares.
-        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. On Hopper query
-            blocks of 128 are faster, see docs/kernels.md.
+        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. ``"auto"`` is
+            64, but (128, 64) where kernels are faster with it, see
+            :func:`~dit_sparse.kernels.blocks.fastest_block`.
         tile: Order of the video tokens: (frames, height, width) of a tile that becomes one run, or
             None for raster order as in the paper.
         head_adaptive: Whether heads get one of three sparsities by their recall.
@@ -70,7 +72,7 @@ class AdaSpa(Method):
 
     sparsity: float = 0.8
     search: tuple[int | float, ...] = (0.2, 0.6)
-    block: Block = 64
+    block: Block | Literal["auto"] = "auto"
     tile: tuple[int, int, int] | None = (4, 4, 4)
     head_adaptive: bool = True
     lse_cache: bool = True
@@ -85,7 +87,8 @@ class AdaSpa(Method):
                 "sparsity is the share of blocks skipped and must be in [0, 1), got "
                 f"{self.sparsity}; sparsity=0.8 keeps 20 %"
             )
-        check_block(self.block)
+        if self.block != "auto":
+            check_block(self.block)
         check_box("tile", self.tile)
         strides = self._strides
         if len(strides) != 2 or any(type(n) is not int or n not in ROW_STRIDES for n in strides):
@@ -106,12 +109,20 @@ class AdaSpa(Method):
         return Schedule(self.search)
 
     @property
+    def _sides(self) -> tuple[int, int]:
+        """Tokens in a query and in a key block."""
+        assert self.block != "auto"
+        return block_sides(self.block)
+
+    @property
     def _strides(self) -> tuple[int, int]:
         """Of how many rows the first search looks at one, and later ones."""
         stride = self.row_stride
         return stride if isinstance(stride, tuple) else (stride, stride)
 
     def attend(self, call: Call) -> Tensor:
+        if self.block == "auto":
+            return with_block(self, call).attend(call)
         phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)
@@ -150,7 +161,7 @@ class AdaSpa(Method):
         """
         stop = call.search_watch.start(call.q.device)
         memory = call.memory
-        rows, columns = block_sides(self.block)
+        rows, columns = self._sides
         block = (rows // stride, columns)
         looking = call.part(self._rows(call, stride))
         cached = lse is not None and "found" in memory
@@ -176,17 +187,17 @@ class AdaSpa(Method):
             mass: Their block mass ``[batch, heads, q_blocks, kv_blocks]``, by all rows or by an
                 equal share of every block's.
         """
-        rows, video = (video_blocks(call.layout, side) for side in block_sides(self.block))
+        rows, video = (video_blocks(call.layout, side) for side in self._sides)
         budget = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
         if self.head_adaptive:
-            even = call.top_blocks(mass, kept_blocks(budget, video), self.block)
+            even = call.top_blocks(mass, kept_blocks(budget, video), self._sides)
             total = mass[..., :rows, :video].sum((-1, -2))
             recall = even.kept_mass.sum(-1) / total.clamp_min(1e-30)
             levels = head_levels(call.heads.all_heads(recall), self.sparsity)
             budget = call.heads.own_heads(levels)
         lowest = _outer_levels(self.sparsity)[1] if self.head_adaptive else self.sparsity
         most = int(kept_blocks(torch.tensor(lowest), video))
-        return call.top_blocks(mass, kept_blocks(budget, video), self.block, most).mask
+        return call.top_blocks(mass, kept_blocks(budget, video), self._sides, most).mask
 
 
 def row_mass_drift(mass: Tensor, tokens: int, block: int) -> Tensor:

@@ -36,7 +36,7 @@ from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering
 from dit_sparse.mask import Block, block_sides
-from dit_sparse.methods.base import Call, check_block, check_box, video_blocks
+from dit_sparse.methods.base import Call, check_block, check_box, video_blocks, with_block
 from dit_sparse.methods.block_scores import error_scores, pooled_softmax
 from dit_sparse.methods.drift import Later, drift, keep_reference
 from dit_sparse.methods.head_budget import compensation_size, level_counts, spread
@@ -88,8 +88,9 @@ class CompensatedDelta(ResidualMethod):
         theta: Drift of the sparse output since the last refresh above which a layer is refreshed
             whole at its next step, see :func:`~dit_sparse.methods.drift.drift`; None never. Each
             call then reads one number back that the layer's last call computed.
-        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. On Hopper query
-            blocks of 128 are faster, see docs/kernels.md.
+        block: Tokens in a query and a key block, 64 or 128; a pair if they differ. ``"auto"`` is
+            64, but (128, 64) where kernels are faster with it, see
+            :func:`~dit_sparse.kernels.blocks.fastest_block`.
         tile: (frames, height, width) of the boxes of tokens, or None for raster order.
 
     Raises:
@@ -111,7 +112,7 @@ class CompensatedDelta(ResidualMethod):
     mask_period: int = 4
     head_adaptive: bool = False
     theta: float | None = None
-    block: Block = 64
+    block: Block | Literal["auto"] = "auto"
     tile: tuple[int, int, int] | None = (4, 4, 4)
     # A default must not refuse: the residual takes what room there is.
     adapt: bool = field(default=True, kw_only=True)
@@ -155,7 +156,8 @@ class CompensatedDelta(ResidualMethod):
             )
         if self.theta is not None and (isinstance(self.theta, bool) or not self.theta > 0):
             raise ValueError(f"theta must be a number above 0 or None, got {self.theta!r}")
-        check_block(self.block)
+        if self.block != "auto":
+            check_block(self.block)
         check_box("tile", self.tile)
 
     @classmethod
@@ -163,6 +165,8 @@ class CompensatedDelta(ResidualMethod):
         return cls(density=1.0, warmup=1)
 
     def attend(self, call: Call) -> Tensor:
+        if self.block == "auto":
+            return with_block(self, call).attend(call)
         # Asked in every step, so that residuals that cannot be kept are refused in the first.
         delta = self.delta and self.residual_store(call).admit(call)
         if "turn" not in call.memory and self._is_warmup(call.step):
@@ -201,14 +205,20 @@ class CompensatedDelta(ResidualMethod):
         return 2 if self.extrapolate else 1
 
     @property
+    def _sides(self) -> tuple[int, int]:
+        """Tokens in a query and in a key block."""
+        assert self.block != "auto"
+        return block_sides(self.block)
+
+    @property
     def _rows(self) -> int:
         """Tokens in a query block."""
-        return block_sides(self.block)[0]
+        return self._sides[0]
 
     @property
     def _columns(self) -> int:
         """Tokens in a key block."""
-        return block_sides(self.block)[1]
+        return self._sides[1]
 
     @property
     def _turns(self) -> int:
@@ -307,7 +317,7 @@ class CompensatedDelta(ResidualMethod):
         if part.call is not call:
             count = memory["count"]
             heads = count if count.shape[1] == 1 else count[:, part.heads]
-            chosen = part.call.top_blocks(scores, heads, self.block, memory["longest"]).mask
+            chosen = part.call.top_blocks(scores, heads, self._sides, memory["longest"]).mask
             part.put_bits(memory["mask"].bits, chosen.bits)
             return
         video = video_blocks(call.layout, self._columns)
@@ -317,25 +327,25 @@ class CompensatedDelta(ResidualMethod):
         even = max(1, round(density * video)) if density else 0
         memory["count"] = torch.full((1, 1), even, device=call.q.device)
         memory["longest"] = even
-        memory["mask"] = call.top_blocks(scores, memory["count"], self.block, even).mask
+        memory["mask"] = call.top_blocks(scores, memory["count"], self._sides, even).mask
         if self.head_adaptive and summary is not None and (wider := spread(even, video)):
             size = compensation_size(self._sparse(call, summary), self._sparse(call, None))
             levels = level_counts(call.heads.all_heads(size), even, video)
             memory["count"] = call.heads.own_heads(levels)
             memory["longest"] = even + wider
             memory["mask"] = call.top_blocks(
-                scores, memory["count"], self.block, memory["longest"]
+                scores, memory["count"], self._sides, memory["longest"]
             ).mask
 
     def _scores(self, part: Part, summary: BlockSummary | None, lse: Tensor | None) -> Tensor:
         """How the queries of ``part`` rank key blocks, ``[batch, heads, q_blocks, kv_blocks]``."""
         call = part.call
         if self.selection == "mass":
-            return call.block_mass(call.row_lse() if lse is None else lse, self.block)
+            return call.block_mass(call.row_lse() if lse is None else lse, self._sides)
         if summary is None or isinstance(part.heads, Tensor) or part.heads != slice(None):
             summary = call.summarize(self._columns)
         score = pooled_softmax if self.selection == "pooled" else error_scores
-        return score(call, summary, self.block)
+        return score(call, summary, self._sides)
 
     def _density(self, call: Call, delta: bool, turns: int) -> Tensor:
         """Density of this step, dense parts included, ``[batch | 1, heads | 1]``."""
