@@ -1,7 +1,8 @@
 """Correctness of the Triton kernels against the fp64 reference.
 
 ``python -m benchmarks.check_kernels`` prints one line for each case, path and dtype, and exits with
-1 if any is wrong; it needs only torch and triton. The tests run the same cases.
+1 if any is wrong; it needs only torch and triton. Most of its time is compiling: ``--processes 12``
+does that side by side. The tests run the same cases.
 
 No tolerance is set by hand. An error must be at most twice the error of torch's own computation
 in the same dtype plus one rounding of the largest value.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -611,6 +613,30 @@ def run(
     return good
 
 
+def in_processes(count: int, arguments: Sequence[str] = ()) -> bool:
+    """Runs the command line in ``count`` processes, each of which checks a share.
+
+    Most of a check is compiling, which a process does one kernel after the other.
+
+    Args:
+        count: How many.
+        arguments: What each is given beside its share.
+
+    Returns:
+        Whether all passed.
+    """
+    command = [sys.executable, "-m", "benchmarks.check_kernels", *arguments, "--shard"]
+    running = [
+        subprocess.Popen(
+            [*command, f"{i}/{count}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(count)
+    ]
+    for process in running:
+        print(process.communicate()[0], end="", flush=True)
+    return all(process.returncode == 0 for process in running)
+
+
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; without one run the tests, which use triton's interpreter")
@@ -618,6 +644,21 @@ if __name__ == "__main__":
     parser.add_argument("--no-tma", action="store_true", help="leave the TMA path out")
     parser.add_argument("--shard", default="0/1", help="I/N: check the I-th of N equal shares")
     parser.add_argument("--only", choices=OTHERS, help="check this implementation alone")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="check what benchmarks.kernels times, in bf16"
+    )
+    parser.add_argument("--processes", type=int, help="check in so many processes, on all cases")
     options = parser.parse_args()
+    if options.processes:
+        rest = [word for word in ("--no-tma", "--benchmark") if word in sys.argv]
+        rest += ["--only", options.only] if options.only else []
+        sys.exit(0 if in_processes(options.processes, rest) else 1)
     part, total = (int(n) for n in options.shard.split("/"))
-    sys.exit(0 if run(tma=not options.no_tma, shard=(part, total), only=options.only) else 1)
+    passed = run(
+        BENCHMARK_CASES if options.benchmark else CASES + LARGE_CASES,
+        full=not options.benchmark,
+        tma=not options.no_tma,
+        shard=(part, total),
+        only=options.only,
+    )
+    sys.exit(0 if passed else 1)

@@ -155,3 +155,9 @@ def test_kept_and_skipped_parts_merge_to_one_softmax(
     torch.testing.assert_close(whole.lse.double(), truth.lse.double(), rtol=0, atol=2e-5)
     without = ops.attention(q, k, v, mask, impl="reference")
     assert float((without.out - whole.out).abs().max()) > 0.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks all kernels where there is a GPU")
+def test_shares_that_fail_fail_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not check.in_processes(2, ["--benchmark"])
+    assert capsys.readouterr().out.count("needs a CUDA device") == 2
