@@ -189,10 +189,10 @@ def _attention_fwd_kernel(
     LISTED: tl.constexpr = indices is not None
     LN_2: tl.constexpr = 0.6931471805599453
     LIST_CHUNK: tl.constexpr = 256
-    # On Hopper, wider tiles of means and a pipeline of their loads would need more registers than
-    # all else, and half as many programs would share a processor.
+    # On Hopper, where operands lie in shared memory, wide tiles of means and a pipeline of their
+    # loads would need more registers than all else, and half as many programs would share a
+    # processor. Without TMA the main loop needs as many anyway.
     TILE_C: tl.constexpr = min(TILE_K, 32) if TMA else TILE_K
-    SUMMARY_STAGES: tl.constexpr = 1 if TMA else None
     tile = tl.program_id(0)
     head = tl.program_id(1) % heads
     batch = tl.program_id(1) // heads
@@ -272,7 +272,7 @@ def _attention_fwd_kernel(
         acc, denom, peak = add_summaries(
             acc, denom, peak, queries, key_mean + first, value_mean + first,
             key_count + batch64 * columns, bits + mask_row * tl.cdiv(columns, 32), matrix,
-            columns, DIM, scale, scale_log2, DIM, DIM_PAD, TILE_C, SUMMARY_STAGES,
+            columns, DIM, scale, scale_log2, DIM, DIM_PAD, TILE_C, TMA,
         )  # fmt: skip
     empty = denom == 0.0
     denom = tl.where(empty, 1.0, denom)

@@ -42,13 +42,13 @@ def add_summaries(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE_C: tl.constexpr,
-    STAGES: tl.constexpr,  # depth of the pipeline of loads; None for that of the launch
+    FEW_REGISTERS: tl.constexpr,  # rather than loads ahead, see the caller
 ):
     """Adds the summaries of the skipped blocks of one mask row to ``(acc, denom, peak)``."""
     NEG_INF: tl.constexpr = float("-inf")
     dims = tl.arange(0, DIM_PAD)
     tail = denom * 0.0
-    for start in tl.range(0, columns, TILE_C, num_stages=STAGES):
+    for start in tl.range(0, columns, TILE_C, num_stages=1 if FEW_REGISTERS else None):
         column = start + tl.arange(0, TILE_C)
         inside = column < columns
         word = tl.load(bits + column // 32, mask=inside, other=0)
@@ -78,9 +78,13 @@ def add_summaries(
             other=0.0,
         )
         # acc is not normalised yet: the share of the skipped blocks is tail / denom.
-        # Queries are scaled behind the product, so that they need not be held in registers.
-        product = tl.dot(q, matrix, input_precision="ieee")
-        acc += product * (tail * scale)[:, None]
+        weight = (tail * scale)[:, None]
+        if FEW_REGISTERS:
+            # Scaled behind the product queries stay in shared memory.
+            acc += tl.dot(q, matrix, input_precision="ieee") * weight
+        else:
+            weighted = (q.to(tl.float32) * weight).to(q.dtype)
+            acc = tl.dot(weighted, matrix, acc, input_precision="ieee")
     return acc, denom, peak
 
 
