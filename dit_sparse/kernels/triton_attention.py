@@ -31,6 +31,7 @@ from dit_sparse.kernels.triton_common import (
 from dit_sparse.kernels.triton_launch import Boxes, BoxShape, Launch
 from dit_sparse.kernels.triton_mask import list_steps, lists_of, words_of
 from dit_sparse.kernels.triton_padding import validity
+from dit_sparse.kernels.triton_softmax import listed_counts, online_softmax
 from dit_sparse.kernels.triton_summary import add_summaries
 
 Path = Literal["pointer", "tma", "hopper"]
@@ -112,14 +113,7 @@ def _attend_blocks(
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [TILE_Q, TILE_K]
         if MASKED:
             scores = tl.where(keep[None, :], scores, NEG_INF)
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-        shift = new_peak
-        if MASKED:
-            # A row that has seen no key yet: -inf minus -inf would be NaN.
-            shift = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        denom = denom * decay + tl.sum(weights, 1)
+        weights, decay, denom, peak = online_softmax(scores, peak, denom, scale_log2, MASKED)
         if WITH_VALUES:
             # Values, [TILE_K, DIM_PAD]; those of masked keys must be 0, since 0 * NaN is NaN.
             if TMA:
@@ -134,7 +128,6 @@ def _attend_blocks(
                     values = tl.load(v_at)
             acc = acc * decay[:, None]
             acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        peak = new_peak
     return acc, denom, peak
 
 
@@ -188,7 +181,6 @@ def _attention_fwd_kernel(
 ):
     LISTED: tl.constexpr = indices is not None
     LN_2: tl.constexpr = 0.6931471805599453
-    LIST_CHUNK: tl.constexpr = 256
     # On Hopper, where operands lie in shared memory, wide tiles of means and a pipeline of their
     # loads would need more registers than all else, and half as many programs would share a
     # processor. Without TMA the main loop needs as many anyway.
@@ -206,25 +198,15 @@ def _attention_fwd_kernel(
     q += batch64 * q_batch + head64 * q_head
     queries = tl.load(q + rows.to(tl.int64)[:, None] * q_token + dims[None, :], mask=at_q, other=0)
 
-    # How many blocks this row keeps, and how many of them need no masking. The list ascends, so
-    # these come first.
     inside = kv_len // BLOCK_K
     if valid_prefix is not None:
         inside = tl.load(valid_prefix + batch) // BLOCK_K
+    mask_row = batch64 * mask_batch + head64 * mask_head + (tile * TILE_Q) // BLOCK_Q
     if LISTED:
-        mask_row = batch64 * mask_batch + head64 * mask_head + (tile * TILE_Q) // BLOCK_Q
-        count = tl.load(counts + mask_row)
         indices += mask_row * list_len
-        unmasked = count
-        if NEEDS_MASK:
-            unmasked = count * 0
-            for chunk in range(0, count, LIST_CHUNK):
-                at = chunk + tl.arange(0, LIST_CHUNK)
-                column = tl.load(indices + at, mask=at < count, other=2147483647)
-                unmasked += tl.sum((column < inside).to(tl.int32), 0)
-    else:
-        count = tl.cdiv(kv_len, BLOCK_K)
-        unmasked = tl.minimum(inside, count)
+    count, unmasked = listed_counts(
+        counts, indices, mask_row, inside, LISTED, NEEDS_MASK, tl.cdiv(kv_len, BLOCK_K)
+    )
 
     if key_valid is not None:
         key_valid += batch64 * kv_len

@@ -40,6 +40,7 @@ from dit_sparse.kernels.triton_common import (
     refusals,
 )
 from dit_sparse.kernels.triton_launch import Boxes, launch_kernel
+from dit_sparse.kernels.triton_softmax import online_softmax
 
 
 @triton.jit
@@ -147,14 +148,7 @@ def _attend_bands(
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [TILE_Q, TILE_K]
         if MASKED:
             scores = tl.where(keep[None, :], scores, NEG_INF)
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-        shift = new_peak
-        if MASKED:
-            # A row that has seen no key yet: -inf minus -inf would be NaN.
-            shift = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        denom = denom * decay + tl.sum(weights, 1)
+        weights, decay, denom, peak = online_softmax(scores, peak, denom, scale_log2, MASKED)
         # Values, [TILE_K, DIM_PAD]; those of masked keys must be 0, since 0 * NaN is NaN.
         if TMA:
             values = v.load([v_row + start, v_col])
@@ -164,7 +158,6 @@ def _attend_bands(
             values = tl.load(v + at * v_stride + dims[None, :])
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        peak = new_peak
     return acc, denom, peak
 
 

@@ -31,6 +31,7 @@ from dit_sparse.kernels.triton_mask import list_steps, lists_of
 from dit_sparse.kernels.triton_merge import merge_into
 from dit_sparse.kernels.triton_padding import validity
 from dit_sparse.kernels.triton_quantize import quantize
+from dit_sparse.kernels.triton_softmax import listed_counts
 
 
 @triton.jit
@@ -141,7 +142,6 @@ def _attention_fp8_fwd_kernel(
     LISTED: tl.constexpr = indices is not None
     LN_2: tl.constexpr = 0.6931471805599453
     OFFSET: tl.constexpr = 8.0 if VALUES_8 else 0.0
-    LIST_CHUNK: tl.constexpr = 256
     tile = tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
     batch = plane // heads
@@ -154,25 +154,15 @@ def _attention_fp8_fwd_kernel(
     queries = tl.load(q + lines[:, None] * DIM + dims[None, :], mask=at_q, other=0.0)
     q_factor = tl.load(q_scale + lines, mask=live, other=1.0) * scale_log2
 
-    # How many blocks this row keeps, and how many of them need no masking. The list ascends, so
-    # these come first.
     inside = kv_len // BLOCK_K
     if valid_prefix is not None:
         inside = tl.load(valid_prefix + batch) // BLOCK_K
+    mask_row = batch * mask_batch + head * mask_head + (tile * TILE_Q) // BLOCK_Q
     if LISTED:
-        mask_row = batch * mask_batch + head * mask_head + (tile * TILE_Q) // BLOCK_Q
-        count = tl.load(counts + mask_row)
         indices += mask_row * list_len
-        unmasked = count
-        if NEEDS_MASK:
-            unmasked = count * 0
-            for chunk in range(0, count, LIST_CHUNK):
-                at = chunk + tl.arange(0, LIST_CHUNK)
-                column = tl.load(indices + at, mask=at < count, other=2147483647)
-                unmasked += tl.sum((column < inside).to(tl.int32), 0)
-    else:
-        count = tl.cdiv(kv_len, BLOCK_K)
-        unmasked = tl.minimum(inside, count)
+    count, unmasked = listed_counts(
+        counts, indices, mask_row, inside, LISTED, NEEDS_MASK, tl.cdiv(kv_len, BLOCK_K)
+    )
     if key_valid is not None:
         key_valid += batch * kv_len
     k += plane * kv_len * DIM

@@ -27,6 +27,7 @@ from dit_sparse.kernels.triton_common import (
 )
 from dit_sparse.kernels.triton_launch import launch_kernel
 from dit_sparse.kernels.triton_padding import validity
+from dit_sparse.kernels.triton_softmax import online_softmax
 
 
 class Config(NamedTuple):
@@ -155,18 +156,12 @@ def _neighborhood_fwd_kernel(
         if TEXT:
             seen = seen | (keys_at >= video)[None, :]
         scores = tl.where(seen & real[None, :], scores, NEG_INF)
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-        # A row that has seen no key yet: -inf minus -inf would be NaN.
-        shift = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        denom = denom * decay + tl.sum(weights, 1)
+        weights, decay, denom, peak = online_softmax(scores, peak, denom, scale_log2, True)
         # Values of masked keys must be 0, since 0 * NaN is NaN.
         value_rows = v + keys_at.to(tl.int64)[:, None] * v_stride + dims[None, :]
         values = tl.load(value_rows, mask=at_k, other=0)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        peak = new_peak
 
     empty = denom == 0.0
     denom = tl.where(empty, 1.0, denom)
