@@ -109,6 +109,8 @@ def section(result: Result) -> str:
         f"captions, batches of {s['batch']}. Dense: {alone}{number(dense.batch_seconds, 3)} s a "
         "clip in a batch.",
     ]
+    if result.data.get("remark"):
+        parts.append(result.data["remark"])
     parts += [
         f"`{row.arm}`: {row.data['remark']}."
         for row in result.rows.values()

@@ -52,6 +52,7 @@ def path(tmp_path: Path) -> Path:
                      "compiled": False,
                      "grid": [8, 32, 32], "guidance": 3.0, "captions": ["a"] * 5, "batch": 2,
                      "dtype": "bfloat16"},
+        "remark": "Something to know.",
         "sessions": [{"dense_seconds": [2.0, 2.2], "dense_seconds_after": [2.5]}, {"arms": 0}],
         "skipped": [{"arm": "adaspa@0.1", "reason": "no time left"}],
         "rows": rows,
@@ -108,7 +109,8 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     page, plot, sheet = tmp_path / "docs/page.md", tmp_path / "docs/q.svg", tmp_path / "w.webp"
     main([str(path), "--output", str(page), "--plot", str(plot), "--sheet", str(sheet)])
     text = page.read_text()
-    assert "## 8,192 tokens (16x256x256), 30 steps" in text and "![PSNR against" in text
+    assert "## 8,192 tokens (16x256x256), 30 steps\n\n" in text and "Something to know." in text
+    assert "compiled" not in text and "![PSNR against" in text
     assert "(q.svg)" in text and "(../w.webp)" in text
     [line] = [x for x in text.splitlines() if x.startswith("| `mminference@0.2`")]
     assert "34.80 (" in line and "| 1.500 | 1.33x | 0.750 | 2.00x | +1.00 (+1.00 to +1.00)" in line
@@ -118,6 +120,11 @@ def test_the_page(path: Path, tmp_path: Path) -> None:
     assert "session: 2.100 to 2.500 s." in text
     assert "* `moa@0.2`: ValueError: no" in text and "* for want of time: `adaspa@0.1`" in text
     assert "Fastest with a mean of 40 dB or more: `compensated_delta`, 1.100 s." in text
+    data = json.loads(path.read_text())
+    data["settings"]["compiled"] = True
+    compiled = tmp_path / "compiled.json"
+    compiled.write_text(json.dumps(data))
+    assert Result.load(compiled).title == "8,192 tokens (16x256x256), 30 steps, compiled"
     svg = plot.read_text()
     assert all(name in svg for name in ("noise floor", "magcache", "compensated_delta"))
     assert 0 < sheet.stat().st_size <= 300_000
