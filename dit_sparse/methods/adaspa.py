@@ -121,8 +121,11 @@ class AdaSpa(Method):
         return stride if isinstance(stride, tuple) else (stride, stride)
 
     def attend(self, call: Call) -> Tensor:
-        if self.block == "auto":
-            return with_block(self, call).attend(call)
+        method = with_block(self, call) if self.block == "auto" else self
+        return method._attend(call)
+
+    def _attend(self, call: Call) -> Tensor:
+        """:meth:`attend` with blocks of a known size."""
         phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)

@@ -165,8 +165,11 @@ class CompensatedDelta(ResidualMethod):
         return cls(density=1.0, warmup=1)
 
     def attend(self, call: Call) -> Tensor:
-        if self.block == "auto":
-            return with_block(self, call).attend(call)
+        method = with_block(self, call) if self.block == "auto" else self
+        return method._attend(call)
+
+    def _attend(self, call: Call) -> Tensor:
+        """:meth:`attend` with blocks of a known size."""
         # Asked in every step, so that residuals that cannot be kept are refused in the first.
         delta = self.delta and self.residual_store(call).admit(call)
         if "turn" not in call.memory and self._is_warmup(call.step):

@@ -10,7 +10,7 @@ from dit_sparse.bands import FULL, BandMask
 from dit_sparse.config import SparseConfig
 from dit_sparse.kernels import ops
 from dit_sparse.layout import TokenLayout
-from dit_sparse.mask import BlockMask, block_sides
+from dit_sparse.mask import Block, BlockMask, block_sides
 from dit_sparse.methods import list_methods
 from dit_sparse.processors.family import Family, family_of, list_families
 from dit_sparse.processors.ulysses import Ulysses, ulysses_of
@@ -104,8 +104,9 @@ def check_implementation(
     """
     if config.impl == "auto" and config.attention_precision == "model":
         return
-    # None where the method decides later.
-    block = getattr(config.method, "block", None) or 64
+    # None and "auto" where the call decides, which may be 64 everywhere.
+    named = getattr(config.method, "block", None)
+    block: Block = 64 if named in (None, "auto") else named
     sides = block_sides(block)
     tokens = max(sides)
     q = torch.empty(1, tokens, 1, dim, dtype=dtype, device=device)
