@@ -17,6 +17,7 @@ from dit_sparse.methods.scored import BlockScored
 
 # Names of the tensors in a file of gates.
 QUERY, KEY = "query", "key"
+SHIPPED = Path(__file__).parent / "gates"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class SeerAttention(BlockScored):
     Attributes:
         sparsity: Share of video blocks that a row skips, in [0, 1).
         weights: Path of the gates, safetensors of ``query [layers, heads, dim, width]`` and
-            ``key [layers, heads, 3 dim, width]``. None is the identity, which scores by
-            ``mean q . mean k`` and needs no training.
+            ``key [layers, heads, 3 dim, width]``, or ``"embedded"``, those that ship for the
+            embedded model. None is the identity, which scores by ``mean q . mean k`` and needs no
+            training.
 
     Raises:
         ValueError: On a value outside these ranges; on a call, if the gates do not fit the model.
@@ -64,7 +66,9 @@ class SeerAttention(BlockScored):
         return as_mass(logits.masked_fill(~there[:, None, None], float("-inf")))
 
     def _gate(self, call: Call) -> tuple[Tensor, Tensor]:
-        query, key = load_gate(str(self.weights), call.q.device)
+        assert self.weights is not None
+        path = shipped_gates().get(self.weights, Path(self.weights))
+        query, key = load_gate(str(path), call.q.device)
         heads, dim = call.heads.total, call.q.shape[3]
         expected = (call.layers, heads, dim), (call.layers, heads, 3 * dim)
         if (tuple(query.shape[:3]), tuple(key.shape[:3])) != expected:
@@ -130,13 +134,22 @@ def identity_gate(layers: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
     return query, key
 
 
+@lru_cache(maxsize=1)
+def shipped_gates() -> dict[str, Path]:
+    """The gates that come with the package, by name."""
+    return {path.stem: path for path in SHIPPED.glob("*.safetensors")}
+
+
 @lru_cache(maxsize=8)
 def load_gate(path: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """W_q and W_k of all layers on ``device``; read once."""
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a file of gates at {path!r}, got no such file")
+        raise FileNotFoundError(
+            f"expected a file of gates at {path!r}, got no such file; those that ship are "
+            f"{', '.join(sorted(shipped_gates()))}"
+        )
     tensors = load_file(path, device=str(device))
     if set(tensors) != {QUERY, KEY}:
         raise ValueError(

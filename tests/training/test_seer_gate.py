@@ -10,7 +10,8 @@ import torch
 from tiny_emoji import tiny_pipeline
 
 from dit_sparse import SparseConfig, enable_sparse_attention
-from dit_sparse.methods.seerattention import SeerAttention
+from dit_sparse.methods.seerattention import SeerAttention, load_gate, shipped_gates
+from dit_sparse.pipelines.embedded import load_embedded
 from dit_sparse.pipelines.emoji_video import EmojiVideoPipeline
 from dit_sparse.processors.binding import binding_of
 from training.seer_gate import Example, Gate, recorder, train, training_captions
@@ -123,3 +124,29 @@ def test_captions_are_not_held_out_and_repeat_with_the_seed() -> None:
     first = [next(one) for _ in range(5)]
     assert first == [next(two) for _ in range(5)]
     assert len(set(first)) > 1
+
+
+def test_the_gates_that_ship_know_the_embedded_model() -> None:
+    pipeline = load_embedded("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    examples: list[Example] = []
+    with enable_sparse_attention(pipeline, SparseConfig(recorder(64, (4, 4, 4), examples))):
+        pipeline(
+            "a star moving up over a sunset sky, still camera",
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+        )
+    query, key = load_gate(str(shipped_gates()["embedded"]), torch.device("cpu"))
+    trained, start = Gate(7, 6, 64), Gate(7, 6, 64)
+    trained.load_state_dict({"query": query.float(), "key": key.float()})
+    with torch.no_grad():
+        losses = [
+            float(torch.stack([gate.loss(one) for one in examples]).mean())
+            for gate in (trained, start)
+        ]
+    assert losses[0] < 0.7 * losses[1]
+    with enable_sparse_attention(pipeline, "seerattention", weights="embedded") as sparse:
+        pipeline("a star", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        assert 0.1 < sparse.report().density < 0.4
