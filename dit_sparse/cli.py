@@ -168,6 +168,7 @@ def compare(
     # NotImplementedError: a model or a kernel that sparse attention refuses.
     except (ValueError, NotImplementedError) as error:
         raise failure(error) from error
+    ranks.leave()
     if ranks.index > 0:
         return
     if json_:

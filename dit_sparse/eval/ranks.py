@@ -53,6 +53,16 @@ class Ranks:
         state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
+    def leave(self) -> None:
+        """Ends what connects the processes. All must call it, and nothing that waits after it.
+
+        Its threads would abort a process that ends while they run, one time in many.
+        """
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
+
     def place(self, device: str) -> str:
         """The device of this process."""
         return f"cuda:{self.local}" if device == "cuda" and self.count > 1 else device
