@@ -650,7 +650,8 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, help="check in so many processes, on all cases")
     options = parser.parse_args()
     if options.processes:
-        rest = [word for word in ("--no-tma", "--benchmark") if word in sys.argv]
+        given = {"--no-tma": options.no_tma, "--benchmark": options.benchmark}
+        rest = [word for word, on in given.items() if on]
         rest += ["--only", options.only] if options.only else []
         sys.exit(0 if in_processes(options.processes, rest) else 1)
     part, total = (int(n) for n in options.shard.split("/"))

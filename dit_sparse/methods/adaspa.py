@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_sparse.mask import Block, PackedMask, block_sides, block_sizes
-from dit_sparse.methods.base import Call, Method, check_block, check_box, video_blocks, with_block
+from dit_sparse.mask import Block, PackedMask, block_sizes
+from dit_sparse.methods.auto_block import AutoBlock
+from dit_sparse.methods.base import Call, check_box, video_blocks
 from dit_sparse.schedule import Phase, Schedule
 
 # Heads whose mask keeps more than this share of their attention mass may give some of it up
@@ -25,7 +26,7 @@ ROW_STRIDES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class AdaSpa(Method):
+class AdaSpa(AutoBlock):
     """Block-sparse attention under masks searched online, per head, by exact attention mass.
 
     With block mass ``W[p, c] = sum_{i in p, j in c} exp(s_ij - LSE_i)`` every query block keeps the
@@ -87,8 +88,7 @@ class AdaSpa(Method):
                 "sparsity is the share of blocks skipped and must be in [0, 1), got "
                 f"{self.sparsity}; sparsity=0.8 keeps 20 %"
             )
-        if self.block != "auto":
-            check_block(self.block)
+        self._check_block()
         check_box("tile", self.tile)
         strides = self._strides
         if len(strides) != 2 or any(type(n) is not int or n not in ROW_STRIDES for n in strides):
@@ -109,23 +109,12 @@ class AdaSpa(Method):
         return Schedule(self.search)
 
     @property
-    def _sides(self) -> tuple[int, int]:
-        """Tokens in a query and in a key block."""
-        assert self.block != "auto"
-        return block_sides(self.block)
-
-    @property
     def _strides(self) -> tuple[int, int]:
         """Of how many rows the first search looks at one, and later ones."""
         stride = self.row_stride
         return stride if isinstance(stride, tuple) else (stride, stride)
 
-    def attend(self, call: Call) -> Tensor:
-        method = with_block(self, call) if self.block == "auto" else self
-        return method._attend(call)
-
     def _attend(self, call: Call) -> Tensor:
-        """:meth:`attend` with blocks of a known size."""
         phase = self._schedule.phase(call.step, call.memory.get("found"))
         if phase is Phase.DENSE:
             call.record(phase)

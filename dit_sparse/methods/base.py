@@ -6,15 +6,13 @@ import abc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dit_sparse.bands import BandMask, video_blocks
 from dit_sparse.kernels import ops
-from dit_sparse.kernels.blocks import fastest_block
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering, TokenLayout, spread_rows_on, tile_ordering_on
@@ -22,8 +20,6 @@ from dit_sparse.mask import Block, BlockMask, PackedMask, block_sides
 from dit_sparse.methods.head_share import HeadShare
 from dit_sparse.neighborhood_mask import NeighborhoodMask
 from dit_sparse.schedule import Phase, Step
-
-M = TypeVar("M", bound="Method")
 
 
 @dataclass(slots=True, eq=False)
@@ -104,23 +100,6 @@ def check_block(block: Block) -> None:
             f"block must be 64 or 128 tokens, or (queries, keys) of these, got {block!r}; some "
             "methods also take 'auto'"
         )
-
-
-def with_block(method: M, call: Call) -> M:
-    """``method``, which has ``block="auto"``, with the blocks that are the fastest for ``call``."""
-    block = fastest_block(call.q)
-    if block != 64:
-        queries, keys = block_sides(block)
-        call.notes["blocks"] = (
-            f"blocks of {queries} queries and {keys} keys, the fastest on this device; block=64 "
-            "is nearer to dense and slower"
-        )
-    return _replaced(method, block)  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=64)
-def _replaced(method: Method, block: Block) -> Method:
-    return replace(method, block=block)  # type: ignore[call-arg]
 
 
 def check_box(name: str, value: Any) -> None:

@@ -35,8 +35,9 @@ from torch import Tensor
 from dit_sparse.kernels.ops import Attended
 from dit_sparse.kernels.summary import BlockSummary
 from dit_sparse.layout import Ordering
-from dit_sparse.mask import Block, block_sides
-from dit_sparse.methods.base import Call, check_block, check_box, video_blocks, with_block
+from dit_sparse.mask import Block
+from dit_sparse.methods.auto_block import AutoBlock
+from dit_sparse.methods.base import Call, check_box, video_blocks
 from dit_sparse.methods.block_scores import error_scores, pooled_softmax
 from dit_sparse.methods.drift import Later, drift, keep_reference
 from dit_sparse.methods.head_budget import compensation_size, level_counts, spread
@@ -55,7 +56,7 @@ _CLEAREST = 0.01
 
 
 @dataclass(frozen=True)
-class CompensatedDelta(ResidualMethod):
+class CompensatedDelta(AutoBlock, ResidualMethod):
     """Block-sparse attention with summaries of skipped blocks and a remembered residual.
 
     How residuals are kept is said by the settings of
@@ -156,20 +157,14 @@ class CompensatedDelta(ResidualMethod):
             )
         if self.theta is not None and (isinstance(self.theta, bool) or not self.theta > 0):
             raise ValueError(f"theta must be a number above 0 or None, got {self.theta!r}")
-        if self.block != "auto":
-            check_block(self.block)
+        self._check_block()
         check_box("tile", self.tile)
 
     @classmethod
     def exact(cls) -> CompensatedDelta:
         return cls(density=1.0, warmup=1)
 
-    def attend(self, call: Call) -> Tensor:
-        method = with_block(self, call) if self.block == "auto" else self
-        return method._attend(call)
-
     def _attend(self, call: Call) -> Tensor:
-        """:meth:`attend` with blocks of a known size."""
         # Asked in every step, so that residuals that cannot be kept are refused in the first.
         delta = self.delta and self.residual_store(call).admit(call)
         if "turn" not in call.memory and self._is_warmup(call.step):
@@ -206,12 +201,6 @@ class CompensatedDelta(ResidualMethod):
 
     def residuals_kept(self) -> int:
         return 2 if self.extrapolate else 1
-
-    @property
-    def _sides(self) -> tuple[int, int]:
-        """Tokens in a query and in a key block."""
-        assert self.block != "auto"
-        return block_sides(self.block)
 
     @property
     def _rows(self) -> int:

@@ -66,9 +66,7 @@ class SeerAttention(BlockScored):
         return as_mass(logits.masked_fill(~there[:, None, None], float("-inf")))
 
     def _gate(self, call: Call) -> tuple[Tensor, Tensor]:
-        assert self.weights is not None
-        path = shipped_gates().get(self.weights, Path(self.weights))
-        query, key = load_gate(str(path), call.q.device)
+        query, key = load_gate(str(self.weights), call.q.device)
         heads, dim = call.heads.total, call.q.shape[3]
         expected = (call.layers, heads, dim), (call.layers, heads, 3 * dim)
         if (tuple(query.shape[:3]), tuple(key.shape[:3])) != expected:
@@ -134,25 +132,26 @@ def identity_gate(layers: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-@lru_cache(maxsize=1)
 def shipped_gates() -> dict[str, Path]:
     """The gates that come with the package, by name."""
     return {path.stem: path for path in SHIPPED.glob("*.safetensors")}
 
 
 @lru_cache(maxsize=8)
-def load_gate(path: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """W_q and W_k of all layers on ``device``; read once."""
+def load_gate(weights: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """W_q and W_k of all layers on ``device``, from a file or shipped; read once."""
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
+    shipped = shipped_gates()
+    path = shipped.get(weights, Path(weights))
+    if not path.is_file():
         raise FileNotFoundError(
-            f"expected a file of gates at {path!r}, got no such file; those that ship are "
-            f"{', '.join(sorted(shipped_gates()))}"
+            f"expected a file of gates at {weights!r}, got no such file; those that ship are "
+            f"{', '.join(sorted(shipped))}"
         )
     tensors = load_file(path, device=str(device))
     if set(tensors) != {QUERY, KEY}:
         raise ValueError(
-            f"expected the tensors {QUERY!r} and {KEY!r} in {path!r}, got {sorted(tensors)}"
+            f"expected the tensors {QUERY!r} and {KEY!r} in {weights!r}, got {sorted(tensors)}"
         )
     return tensors[QUERY], tensors[KEY]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dit_sparse import SparseConfig
-from dit_sparse.mask import Block
-from dit_sparse.methods import base
+from dit_sparse.mask import Block, block_sides
+from dit_sparse.methods import auto_block
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.base import Method
 from dit_sparse.methods.compensated_delta import CompensatedDelta
@@ -23,13 +23,13 @@ def test_auto_is_the_fastest_block(
     method: Method, block: Block, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [make(grid=(4, 8, 16), text=5, seed=seed) for seed in range(5)]
-    monkeypatch.setattr(base, "fastest_block", lambda q: block)
+    monkeypatch.setattr(auto_block, "fastest_block", lambda q: block)
     found, memory, notes = [], {}, {}
     for index, each in enumerate(data):
         call = each.call(index, memory, 5)
         call.notes = notes
         found.append(method.attend(call))
-    assert memory["mask"].block == base.block_sides(block)
+    assert memory["mask"].block == block_sides(block)
     memory = {}
     named = type(method)(**{**vars(method), "block": block})
     wanted = [named.attend(each.call(index, memory, 5)) for index, each in enumerate(data)]

@@ -10,7 +10,7 @@ import torch
 from tiny_emoji import tiny_pipeline
 
 from dit_sparse import SparseConfig, enable_sparse_attention
-from dit_sparse.methods.seerattention import SeerAttention, load_gate, shipped_gates
+from dit_sparse.methods.seerattention import SeerAttention, load_gate
 from dit_sparse.pipelines.embedded import load_embedded
 from dit_sparse.pipelines.emoji_video import EmojiVideoPipeline
 from dit_sparse.processors.binding import binding_of
@@ -138,7 +138,7 @@ def test_the_gates_that_ship_know_the_embedded_model() -> None:
             generator=torch.Generator().manual_seed(1),
             output_type="latent",
         )
-    query, key = load_gate(str(shipped_gates()["embedded"]), torch.device("cpu"))
+    query, key = load_gate("embedded", torch.device("cpu"))
     trained, start = Gate(7, 6, 64), Gate(7, 6, 64)
     trained.load_state_dict({"query": query.float(), "key": key.float()})
     with torch.no_grad():
